@@ -1,3 +1,13 @@
+"""A literate laboratory for neural collapse: measures, apparatus and studies, written as notebooks
+
+Modules:
+
+- `nc_nbdev.lab.claims`: A claim is data: what was measured, the bar it is held to, the control that must fail, and a verdict that is computed.
+- `nc_nbdev.lab.data`: Data sets as byte tensors, every change of them a pure function of a seed, and batches whose order depends on nothing but the seed and the epoch.
+- `nc_nbdev.lab.models`: The networks of the neural collapse literature, adapted to small images, and the layers of each that are worth measuring.
+- `nc_nbdev.lab.settings`: One dataclass says what a training run is, one file says at what scale the studies run.
+- `nc_nbdev.lab.training`: A configuration becomes data, a model and a fastai `Learner`."""
+
 __version__ = "0.1.0"
 
 # The names most people need, imported when first used: `import nc_nbdev` alone loads neither torch nor fastai.

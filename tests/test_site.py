@@ -1,0 +1,303 @@
+"""The docs site in a real browser: every page is opened, with no network but the site itself.
+
+`NC_DOCS` names a site that is already built; without it, `tools/docs.py` builds one.
+"""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).resolve().parents[1]
+PREFIX = "/nc_nbdev/"  # GitHub Pages serves the site under the name of the project, not at the root
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+
+# What a page looks like once its scripts have run. `prose` is the text outside code and rendered maths.
+FACTS = r"""async () => {
+  const all = (sel) => Array.from(document.querySelectorAll(sel));
+  const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+  const prose = [];
+  while (walker.nextNode()) {
+    const parent = walker.currentNode.parentElement;
+    if (!parent.closest('pre, code, script, style, svg, .katex, .code-copy-button')) prose.push(walker.currentNode.data);
+  }
+  const opaque = (img) => {
+    const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1});
+    const context = canvas.getContext('2d');
+    context.drawImage(img, 0, 0, 1, 1, 0, 0, 1, 1);
+    return context.getImageData(0, 0, 1, 1).data[3] > 0;
+  };
+  return {
+    title: document.title,
+    links: all('a[href]').map((a) => a.href),
+    ids: all('[id]').map((e) => e.id),
+    repeated: all('main [id]').map((e) => e.id).filter((id, i, ids) => ids.indexOf(id) !== i),
+    images: all('img').map((i) => ({src: i.src.slice(0, 80), alt: i.alt, loaded: i.complete && i.naturalWidth > 0})),
+    opaque: all('img[src^="data:image/png"]').filter(opaque).map((i) => i.alt),
+    math: {asked: all('.math').length, drawn: all('.math .katex').length, errors: all('.katex-error').map((e) => e.title)},
+    prose: prose.join('\n'),
+    toc: all('#TOC a.nav-link').length,
+    headings: all('main h2').length,
+    unnamed: all('a[href]').filter((a) => !a.hidden && !a.textContent.trim() && !a.title && !a.ariaLabel
+      && !a.querySelector('img[alt]')).map((a) => a.outerHTML.slice(0, 120)),
+  };
+}"""
+SIDEWAYS = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+MARKUP = [r"\$\$", r"\\\(|\\\[|\\begin\{|\\frac|\\math", r"(?<!\w)\$\\?\w[^$\n]*\$", r":::", r"\]\(", r"\*\*\w", r"\{#", r"#\|", "```"]
+
+
+def _serve(folder):
+    "Serve `folder` under PREFIX, on a free port."
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            return super().translate_path("/" + path.removeprefix(PREFIX) if path.startswith(PREFIX) else "/no/such/file")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="session")
+def docs():
+    "The built site's folder."
+    if built := os.environ.get("NC_DOCS"):
+        return Path(built).resolve()
+    subprocess.run([sys.executable, "tools/docs.py"], cwd=ROOT, check=True)
+    return ROOT / "_docs"
+
+
+@pytest.fixture(scope="session")
+def url(docs):
+    "The site's address."
+    server = _serve(docs)
+    yield f"http://127.0.0.1:{server.server_port}{PREFIX}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "Chromium; a machine without it skips, but CI fails."
+    if not CHROMIUM:
+        message = "no chromium: install it, or name it in CHROMIUM"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def _open(browser, url, problems, **options):
+    "A page that may ask the site alone; what goes wrong is noted in `problems`."
+    context = browser.new_context(viewport=DESKTOP, **options)
+
+    def route(request):
+        if request.request.url.startswith((url, "data:", "blob:")):
+            return request.continue_()
+        problems.append(f"asks the network: {request.request.url}")
+        request.abort()
+
+    context.route("**/*", route)
+    page = context.new_page()
+    page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: problems.append(f"script: {e}"))
+    page.on("requestfailed", lambda r: problems.append(f"failed: {r.url}"))
+    page.on("response", lambda r: problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+    return page
+
+
+@pytest.fixture
+def page(browser, url):
+    "The index page, in a context of its own."
+    problems = []
+    page = _open(browser, url, problems, color_scheme="light")
+    page.goto(url)
+    yield page
+    page.context.close()
+    assert not problems
+
+
+@pytest.fixture(scope="session")
+def crawl(browser, url):
+    "The facts of every page that links lead to, by its path in the site."
+    problems, seen, todo = [], {}, ["index.html"]
+    page = _open(browser, url, problems)
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        problems.clear()
+        page.set_viewport_size(DESKTOP)
+        page.goto(url + path)
+        facts = page.evaluate(FACTS)
+        facts["wide"] = page.evaluate(SIDEWAYS)
+        page.set_viewport_size(PHONE)
+        facts["phone"] = page.evaluate(SIDEWAYS)
+        facts["problems"] = list(problems)
+        seen[path] = facts
+        own = [link.removeprefix(url).partition("#")[0] for link in facts["links"] if link.startswith(url)]
+        todo += [p or "index.html" for p in own if p == "" or p.endswith(".html")]
+    page.context.close()
+    return seen
+
+
+def _failures(crawl, key):
+    return {path: facts[key] for path, facts in crawl.items() if facts[key]}
+
+
+def test_every_page_is_reached(crawl, docs):
+    assert set(crawl) == {p.relative_to(docs).as_posix() for p in docs.rglob("*.html")}
+
+
+def test_nothing_goes_wrong(crawl):
+    assert not _failures(crawl, "problems")
+
+
+def test_links_and_anchors(crawl, docs, url):
+    dead = []
+    for path, facts in crawl.items():
+        for link in facts["links"]:
+            target, _, anchor = link.removeprefix(url).partition("#")
+            if not link.startswith(url):
+                if not link.startswith(("https://", "mailto:")):
+                    dead.append(f"{path}: {link}")
+            elif not (docs / (target or "index.html")).exists():
+                dead.append(f"{path}: no page {target}")
+            elif anchor and (target or "index.html").endswith(".html") and anchor not in crawl[target or "index.html"]["ids"]:
+                dead.append(f"{path}: no anchor {target}#{anchor}")
+    assert not dead
+
+
+def test_no_id_twice(crawl):
+    assert not _failures(crawl, "repeated")
+
+
+def test_maths_is_drawn(crawl):
+    assert not {p: f["math"] for p, f in crawl.items() if f["math"]["errors"] or f["math"]["asked"] != f["math"]["drawn"]}
+    assert sum(f["math"]["drawn"] for f in crawl.values()) > 50
+
+
+def test_no_markup_is_left(crawl):
+    left = [f"{path}: {m[0]!r} in {facts['prose'][max(0, m.start() - 30):m.end() + 30]!r}"
+            for path, facts in crawl.items() for m in re.finditer("|".join(MARKUP), facts["prose"])]
+    assert not left
+
+
+def test_images(crawl):
+    assert not [(path, i) for path, facts in crawl.items() for i in facts["images"] if not i["alt"].strip() or not i["loaded"]]
+
+
+def test_figures_suit_light_and_dark(crawl):
+    "A figure with a background of its own would glare on one of the two."
+    assert not _failures(crawl, "opaque")
+
+
+def test_every_link_has_a_name(crawl):
+    assert not _failures(crawl, "unnamed")
+
+
+def test_no_sideways_scroll(crawl):
+    assert not _failures(crawl, "wide")
+    assert not _failures(crawl, "phone")
+
+
+def test_table_of_contents(crawl):
+    assert not [path for path, facts in crawl.items() if facts["headings"] > 1 and not facts["toc"]]
+
+
+def test_reading_order(page):
+    "The sidebar shows the rooms in the order of the architecture."
+    rooms = ["geometry", "lab", "paper", "theory", "neighbours"]
+    links = page.eval_on_selector_all("#quarto-sidebar a[href]", "links => links.map(a => a.getAttribute('href'))")
+    shown = list(dict.fromkeys(Path(link).parts[0] for link in links if "/" in link.removeprefix("./")))
+    assert shown == [room for room in rooms if room in shown]
+    assert Path(links[-1]).name == "references.html"
+
+
+def test_search(page):
+    page.get_by_role("searchbox").first.fill("simplex")
+    result = page.locator(".search-result").first
+    result.wait_for()
+    contrast = result.evaluate("""e => {
+      const lum = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number); return .299 * r + .587 * g + .114 * b; };
+      return Math.abs(lum(getComputedStyle(e).color) - lum(getComputedStyle(e.parentElement).backgroundColor)); }""")
+    assert contrast > 100
+    target = result.get_attribute("href")
+    result.click()
+    page.wait_for_url("**/" + target.removeprefix("./"))
+    assert "simplex" in page.locator("main").inner_text().lower()
+
+
+def _brightness(page):
+    red, green, blue = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_dark_mode(page, url):
+    assert _brightness(page) > 200
+    page.locator(".quarto-color-scheme-toggle").first.click()
+    page.wait_for_function("document.documentElement.classList.contains('quarto-dark')")
+    assert _brightness(page) < 80
+    page.goto(url + "glossary.html")  # the choice is kept
+    assert _brightness(page) < 80
+
+
+def test_phone_navigation(page):
+    page.set_viewport_size(PHONE)
+    page.get_by_label("Toggle sidebar navigation").click()
+    page.locator("#quarto-sidebar").get_by_role("link", name="Glossary of measures").click()
+    assert page.url.endswith("/glossary.html")
+
+
+def test_keyboard(page):
+    "Tab first offers to skip the navigation, then reaches search, the theme toggle and every page of the sidebar."
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip-link"
+    wanted = set(page.eval_on_selector_all("#quarto-sidebar a[href]", "links => links.map(a => a.href)"))
+    reached, visible = {}, True
+    for _ in range(20 + 2 * len(wanted)):
+        page.keyboard.press("Tab")
+        name, focus = page.evaluate("""() => {
+          const e = document.activeElement, style = getComputedStyle(e);
+          const seen = style.outlineStyle !== 'none' || style.boxShadow !== 'none';
+          return [e.matches('[type=search]') ? 'search' : e.matches('.quarto-color-scheme-toggle') ? 'toggle' : e.href, seen]; }""")
+        reached[name], visible = True, visible and (focus or name is None)
+    assert wanted | {"search", "toggle"} <= set(reached)
+    assert visible
+
+
+def test_skip_link_reaches_the_text(page):
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#quarto-document-content")
+
+
+def test_llms_txt(docs):
+    "llms.txt lists the modules with their docstrings and a Markdown copy of every page."
+    text = (docs / "llms.txt").read_text(encoding="utf-8")
+    host = re.search(r"<loc>(.*?/nc_nbdev/)", (docs / "sitemap.xml").read_text(encoding="utf-8"))[1]
+    links = [link.removeprefix(host) for link in re.findall(r"\]\(([^)\s]+)\)", text.partition("## Pages")[2])]
+    assert {p.relative_to(docs).as_posix() + ".md" for p in docs.rglob("*.html")} == set(links)
+    assert all((docs / link).exists() for link in re.findall(re.escape(host) + r"([^)\s]+)\)", text))
+    assert "## Modules" in text
+
+
+def test_search_index_has_every_page(docs):
+    entries = json.loads((docs / "search.json").read_text(encoding="utf-8"))
+    assert {e["href"].partition("#")[0] for e in entries} == {p.relative_to(docs).as_posix() for p in docs.rglob("*.html")}
