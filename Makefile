@@ -16,7 +16,8 @@ reproduce: .venv/installed          ## train, measure, and print the scoreboard 
 
 check: .venv/installed              ## notebooks, package and README in step; lint
 	$(BIN)/python tools/check_sync.py
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff check --quiet --isolated --select F nc_nbdev
 
 test: check reproduce docs          ## everything
 	NC_DOCS=_docs $(BIN)/pytest -n 2 --dist loadgroup

@@ -15,8 +15,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from nbdev.config import nbpath2html
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "/nc_nbdev/"  # GitHub Pages serves the site under the name of the project, not at the root
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -75,10 +76,12 @@ def _serve(folder):
 @pytest.fixture(scope="session")
 def docs():
     "The built site's folder."
-    if built := os.environ.get("NC_DOCS"):
-        return Path(built).resolve()
-    subprocess.run([sys.executable, "tools/docs.py"], cwd=ROOT, check=True)
-    return ROOT / "_docs"
+    built = os.environ.get("NC_DOCS")
+    if not built:
+        subprocess.run([sys.executable, "tools/docs.py"], cwd=ROOT, check=True)
+    folder = Path(built or ROOT / "_docs").resolve()
+    assert (folder / "index.html").exists(), f"no site in {folder}"
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -134,13 +137,13 @@ def page(browser, url):
 
 
 @pytest.fixture(scope="session")
-def crawl(browser, url):
+def crawl(browser, url, docs):
     "The facts of every page that links lead to, by its path in the site."
     problems, seen, todo = [], {}, ["index.html"]
     page = _open(browser, url, problems)
     while todo:
         path = todo.pop()
-        if path in seen:
+        if path in seen or not (docs / path).exists():  # a dead link: test_links_and_anchors says so
             continue
         problems.clear()
         page.set_viewport_size(DESKTOP)
@@ -197,6 +200,18 @@ def test_no_markup_is_left(crawl):
     left = [f"{path}: {m[0]!r} in {facts['prose'][max(0, m.start() - 30):m.end() + 30]!r}"
             for path, facts in crawl.items() for m in re.finditer("|".join(MARKUP), facts["prose"])]
     assert not left
+
+
+def test_openings_are_there(crawl):
+    "The text under a notebook's title is on its page: nbdev alone drops it."
+    nbs, words, lost = ROOT / "nbs", lambda text: re.findall(r"[A-Za-z]+", text), []
+    for notebook in nbs.glob("**/[!_.]*.ipynb"):
+        title = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+        opening = words(re.split(r"[\[`$*]", re.sub(r"\A# .*\s+(> .*\s*)*", "", title))[0])[:12]
+        page = nbpath2html(notebook.relative_to(nbs)).as_posix()
+        if page in crawl and " ".join(opening) not in " ".join(words(crawl[page]["prose"])):
+            lost.append(page)
+    assert not lost
 
 
 def test_images(crawl):

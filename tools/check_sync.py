@@ -15,7 +15,8 @@ bin_dir = Path(sys.executable).parent
 
 def contents():
     "Every notebook, and every file of the package and of what nbdev writes beside the notebooks."
-    files = [*root.glob("nbs/**/*.ipynb"), *root.glob("nc_nbdev/**/*.py"), root / "nbs/llms.txt", root / "README.md"]
+    files = [*root.glob("nbs/**/*.ipynb"), *root.glob("nc_nbdev/**/*.py"), *root.glob("nbs/images/*"),
+             root / "nbs/llms.txt", root / "nbs/sidebar.yml", root / "README.md"]
     return {f: f.read_bytes() for f in files if f.exists() and ".ipynb_checkpoints" not in f.parts}
 
 

@@ -1,8 +1,8 @@
 """The docs site and the README, from the notebooks, with pip-installed tools only and no network.
 
     python tools/docs.py                  build _docs/
-    python tools/docs.py --readme         write README.md from nbs/index.ipynb
-    python tools/docs.py --check-readme   exit 1, with the difference, when README.md is out of step
+    python tools/docs.py --readme         write README.md from nbs/index.ipynb, and nbs/sidebar.yml
+    python tools/docs.py --check-readme   exit 1, with the difference, when one of the two is out of step
 
 nbdev processes the notebooks into _proc/ (it runs imports and exported cells, and links symbols), smalldocs renders
 that folder as `nbs/_quarto.yml` says, and then the links to other hosts are turned to the files kept in `nbs/vendor`.
@@ -70,7 +70,9 @@ class NotebookSite(Site):
 
 def render(proc, out):
     "Render the processed notebooks; returns what smalldocs could not do, such as a broken link."
-    site = NotebookSite(load(proc), quiet=True)
+    project = load(proc)
+    project.website["llms-txt"] = True  # set here: an older Quarto refuses a key it does not know
+    site = NotebookSite(project, quiet=True)
     site.out = out
     site.build()
     known = ("output-file", "format-links", "format commonmark", "skip_showdoc", "skip_exec")  # for Quarto and nbdev
@@ -86,6 +88,7 @@ def vendor(out, nbs):
         text, n = re.subn(
             r'src="https://[\w.]+/plotly-[\d.]+\.min\.js"(\s+(integrity|crossorigin)="[^"]*")*',
             f'src="{up}vendor/plotly.min.js"', text)
+        text = re.sub(r'<script type="module">import "[^"]*plotly[^"]*"</script>|<script src="[^"]*mathjax[^"]*"></script>', "", text)
         if n and not (out / "vendor/plotly.min.js").exists():
             import plotly
 
@@ -93,7 +96,8 @@ def vendor(out, nbs):
         page.write_text(text, encoding="utf-8")
     for css in out.rglob("*.css"):
         text = css.read_text(encoding="utf-8")
-        css.write_text(re.sub(r'@import\s*(url\([^)]*\)|"[^"]*"|\'[^\']*\')[^;]*;', "", text), encoding="utf-8")
+        away = r'@import\s*(?:url\(\s*["\']?https?://[^)]*\)|["\']https?://[^"\']*["\'])[^;]*;'
+        css.write_text(re.sub(away, "", text), encoding="utf-8")
 
 
 def local_links(out, host):
@@ -161,7 +165,7 @@ def readme():
     cfg = get_config()
     nb = read_nb(cfg.nbs_path / cfg.readme_nb)
     FilterDefaults()(nb)
-    pictures, parts = {}, []
+    pictures, parts = {}, ["<!-- Generated from nbs/index.ipynb by tools/docs.py -->"]
 
     def image(png, alt):
         name = f"images/index-{len(pictures) + 1}.png"
@@ -174,7 +178,7 @@ def readme():
             meta = yaml.safe_load(source.strip("-\n")) or {}
             parts += [f"# {meta['title']}", *([f"> {meta['description']}"] if "description" in meta else [])]
         elif cell.cell_type == "markdown":
-            parts.append(re.sub(r"^:::.*\n?", "", source, flags=re.M))
+            parts.append(re.sub(r"^:::.*\n?|<!--.*?-->", "", source, flags=re.M))
         else:
             options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.+)$", source, flags=re.M))
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
@@ -188,35 +192,44 @@ def readme():
     return text, {cfg.nbs_path / name: png for name, png in pictures.items()}
 
 
-def write_readme():
-    "Write README.md and its pictures."
+def generated():
+    "The files that are made here and committed: their paths and bytes."
+    cfg = get_config()
     text, pictures = readme()
-    (ROOT / "README.md").write_text(text, encoding="utf-8")
-    for path, png in pictures.items():
+    texts = {ROOT / "README.md": text, cfg.nbs_path / "sidebar.yml": sidebar(cfg.nbs_path)}
+    return {path: text.encode() for path, text in texts.items()} | pictures
+
+
+def write_generated():
+    for path, data in generated().items():
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(png)
+        path.write_bytes(data)
 
 
-def check_readme():
+def check_generated():
     "What is out of step, as lines; empty when nothing is."
-    text, pictures = readme()
-    old = (ROOT / "README.md").read_text(encoding="utf-8")
-    diff = difflib.unified_diff(old.splitlines(), text.splitlines(), "README.md", "nbs/index.ipynb", lineterm="")
-    stale = [f"{p} is out of step" for p, png in pictures.items() if not p.exists() or p.read_bytes() != png]
-    return [*diff, *stale]
+    lines = []
+    for path, new in generated().items():
+        old = path.read_bytes() if path.exists() else b""
+        if old != new and path.suffix == ".png":
+            lines.append(f"{path} is out of step")
+        elif old != new:
+            texts = old.decode().splitlines(), new.decode().splitlines()
+            lines += difflib.unified_diff(*texts, str(path), "from the notebooks", lineterm="")
+    return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--readme", action="store_true", help="write README.md")
-    mode.add_argument("--check-readme", action="store_true", help="exit 1 when README.md is out of step")
+    mode.add_argument("--readme", action="store_true", help="write README.md and nbs/sidebar.yml")
+    mode.add_argument("--check-readme", action="store_true", help="exit 1 when one of them is out of step")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.readme:
-        write_readme()
+        write_generated()
     elif args.check_readme:
-        if lines := check_readme():
+        if lines := check_generated():
             sys.exit("\n".join([*lines, "Run `python tools/docs.py --readme`."]))
     else:
         build()

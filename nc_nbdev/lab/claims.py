@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/claims.html.md"""
 # %% auto #0
 __all__ = ['seed_interval', 'Claim', 'format_number', 'scoreboard', 'save_claims', 'load_claims', 'StudyResult']
 
-# %% ../../nbs/lab/70_claims.ipynb #a69a7925
+# %% ../../nbs/lab/70_claims.ipynb #dbcf7fe5
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as _stats
 
-# %% ../../nbs/lab/70_claims.ipynb #d3fc4d95
+# %% ../../nbs/lab/70_claims.ipynb #20f1873b
 def seed_interval(
     values,               # one number a seed, shape (n,)
     kind: str = "t",      # "t", "log-t" (positive values) or "range"
@@ -39,7 +39,7 @@ def seed_interval(
     half = float(_stats.t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
     return centre, centre - half, centre + half
 
-# %% ../../nbs/lab/70_claims.ipynb #72a7dbae
+# %% ../../nbs/lab/70_claims.ipynb #edfc6aee
 @dataclass(frozen=True)
 class Claim:
     "One statement of the literature, measured. The verdict is a property, computed from the numbers."
@@ -80,7 +80,7 @@ class Claim:
         "\"holds\", \"fails\", \"undecided\", \"control passes\" or \"not measured\"."
         return _verdict(self.measured, self.control_measured, self.bar, self.direction)
 
-# %% ../../nbs/lab/70_claims.ipynb #cb64f014
+# %% ../../nbs/lab/70_claims.ipynb #853827d2
 def _verdict(measured, control, bar, direction):
     "The verdict that two intervals and a bar make."
     if any(math.isnan(v) for v in (*measured, *control)): return "not measured"
@@ -90,7 +90,7 @@ def _verdict(measured, control, bar, direction):
     if worst < sign * bar: return "undecided"
     return "control passes" if sign * control[0] >= sign * bar else "holds"
 
-# %% ../../nbs/lab/70_claims.ipynb #9d5970e0
+# %% ../../nbs/lab/70_claims.ipynb #7c107c8c
 def format_number(
     x: float,  # any number
 ) -> str:      # three significant digits
@@ -98,7 +98,7 @@ def format_number(
     if math.isnan(x) or math.isinf(x): return str(x)
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.2e}"
 
-# %% ../../nbs/lab/70_claims.ipynb #e769eea5
+# %% ../../nbs/lab/70_claims.ipynb #d0a83d2e
 def _with_interval(measured):
     "Centre and interval as text."
     centre, lo, hi = (format_number(v) for v in measured)
@@ -112,7 +112,7 @@ def scoreboard(
                  control=f"{_with_interval(c.control_measured)} ({c.control})", seeds=len(c.values), verdict=c.verdict) for c in claims]
     return pd.DataFrame(rows, columns=["id", "statement", "measured", "bar", "control", "seeds", "verdict"]).set_index("id")
 
-# %% ../../nbs/lab/70_claims.ipynb #bfb3cdca
+# %% ../../nbs/lab/70_claims.ipynb #11bd5dfe
 def save_claims(
     claims,            # iterable of `Claim`
     path: str | Path,  # where to write, e.g. claims.json
@@ -129,8 +129,8 @@ def load_claims(
     derived = ("measured", "control_measured", "verdict")
     return [Claim(**{k: v for k, v in row.items() if k not in derived}) for row in json.loads(Path(path).read_text())]
 
-# %% ../../nbs/lab/70_claims.ipynb #49ccdf6e
-@dataclass
+# %% ../../nbs/lab/70_claims.ipynb #2d6fbec9
+@dataclass(repr=False)
 class StudyResult:
     "What a study returns."
     name: str                                    # the study's name on the command line
@@ -139,4 +139,5 @@ class StudyResult:
     history: pd.DataFrame = field(default_factory=pd.DataFrame)  # tidy: run, seed, epoch, split, layer, measure, value
     figures: dict = field(default_factory=dict)  # file name -> matplotlib Figure
 
+    def __repr__(self): return f"{self.title}: {sum(c.verdict == 'holds' for c in self.claims)} of {len(self.claims)} claims hold"
     def _repr_html_(self): return scoreboard(self.claims).to_html()

@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/data.html.md"""
 # %% auto #0
 __all__ = ['dataset_names', 'ImageData', 'load_dataset', 'crop_flip', 'TensorLoader', 'loaders']
 
-# %% ../../nbs/lab/10_data.ipynb #ca4843f3
+# %% ../../nbs/lab/10_data.ipynb #fc0a8288
 import os
 import tarfile
 import warnings
@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../../nbs/lab/10_data.ipynb #0cd05590
+# %% ../../nbs/lab/10_data.ipynb #80acc5c8
 @dataclass(frozen=True, repr=False, eq=False)
 class ImageData:
     "Images of K classes in memory, a train and a test set. Raises `ValueError` for a wrong shape, type or label."
@@ -46,33 +46,36 @@ class ImageData:
     def image_shape(self) -> tuple[int, int, int]: return tuple(self.train_images.shape[1:])
 
     def __repr__(self):
-        shape, names = " x ".join(map(str, self.image_shape)), ", ".join(self.classes[:10]) + ", ..." * (self.num_classes > 10)
+        shape = " x ".join(map(str, self.image_shape))
+        names = ", ".join(self.classes[:10]) + ", ..." * (self.num_classes > 10)
         counts = f"{len(self.train_labels):,} train and {len(self.test_labels):,} test images"
-        return f"{self.name}: {counts} of {shape}, {self.num_classes} classes ({names})" + (f"\n{self.note}" if self.note else "")
+        text = f"{self.name}: {counts} of {shape}, {self.num_classes} classes ({names})"
+        return f"{text}\n{self.note}" if self.note else text
 
-# %% ../../nbs/lab/10_data.ipynb #e98fb835
+# %% ../../nbs/lab/10_data.ipynb #08fdb6e7
 def _check_labels(what, labels, num_images, num_classes):
     "Raise `ValueError` unless `labels` is (num_images,) int64 in 0..num_classes-1."
     if labels.dtype != torch.int64 or labels.shape != (num_images,):
-        raise ValueError(f"{what}: expected int64 of shape ({num_images},), got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise ValueError(f"{what}: expected int64 {(num_images,)}, got {labels.dtype} {tuple(labels.shape)}")
     if num_images and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"{what}: labels go from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")
 
-# %% ../../nbs/lab/10_data.ipynb #602dfb98
+# %% ../../nbs/lab/10_data.ipynb #bab1c92a
 def _check_data(data):
     "Raise `ValueError` for images and labels that do not belong together."
     for split, images in (("train", data.train_images), ("test", data.test_images)):
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"{split}_images: expected uint8 of shape (N, C, H, W), got {images.dtype} of shape {tuple(images.shape)}")
+            seen = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"{split}_images: expected uint8 of shape (N, C, H, W), got {seen}")
         _check_labels(f"{split}_labels", getattr(data, f"{split}_labels"), len(images), data.num_classes)
         if (fine := getattr(data, f"fine_{split}_labels")) is not None:
             _check_labels(f"fine_{split}_labels", fine, len(images), len(data.fine_classes))
     if data.clean_train_labels is not None:
         _check_labels("clean_train_labels", data.clean_train_labels, len(data.train_images), data.num_classes)
-    if data.train_images.shape[1:] != data.test_images.shape[1:]:
-        raise ValueError(f"train images are {tuple(data.train_images.shape[1:])}, test images {tuple(data.test_images.shape[1:])}")
+    shapes = [tuple(images.shape[1:]) for images in (data.train_images, data.test_images)]
+    if shapes[0] != shapes[1]: raise ValueError(f"train images are {shapes[0]}, test images {shapes[1]}")
 
-# %% ../../nbs/lab/10_data.ipynb #01e8a78a
+# %% ../../nbs/lab/10_data.ipynb #00d24539
 def _load_digits():
     "scikit-learn's handwritten digits, with a fixed stratified split of 4 to 1."
     from sklearn.datasets import load_digits
@@ -84,14 +87,14 @@ def _load_digits():
     test = rank % 5 == 2
     return ImageData("digits", images[~test], labels[~test], images[test], labels[test], tuple("0123456789"))
 
-# %% ../../nbs/lab/10_data.ipynb #ce958bc6
+# %% ../../nbs/lab/10_data.ipynb #4b8ae353
 def _generator(*key):
     "A CPU generator seeded by every part of `key`, integers and texts."
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     if any(w < 0 for w in words): raise ValueError(f"a seed is an integer of at least 0, got {key}")
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
-# %% ../../nbs/lab/10_data.ipynb #e94824bb
+# %% ../../nbs/lab/10_data.ipynb #4bcfb08a
 def _take(data, train=None, test=None, **changes):
     "`data` with the train and test samples of these indices, all kinds of labels alike."
     index = {"train": train, "test": test}
@@ -101,7 +104,7 @@ def _take(data, train=None, test=None, **changes):
             if old is not None: changes[name] = old[index[split]]
     return replace(data, **changes)
 
-# %% ../../nbs/lab/10_data.ipynb #dd474b76
+# %% ../../nbs/lab/10_data.ipynb #62334f32
 def _choose(labels, counts, generator, what):
     "Sorted indices of `counts[c]` random samples of each class c."
     chosen = []
@@ -111,7 +114,7 @@ def _choose(labels, counts, generator, what):
         chosen.append(members[torch.randperm(len(members), generator=generator)[:n]])
     return torch.cat(chosen).sort().values
 
-# %% ../../nbs/lab/10_data.ipynb #9b3add0c
+# %% ../../nbs/lab/10_data.ipynb #68f6b610
 @patch
 def subset(
     self: ImageData,
@@ -128,7 +131,7 @@ def subset(
         index[split] = _choose(labels, [n] * self.num_classes, _generator(seed, "subset", split), split)
     return _take(self, **index)
 
-# %% ../../nbs/lab/10_data.ipynb #47436b64
+# %% ../../nbs/lab/10_data.ipynb #d1817aca
 _vehicles = {"airplane", "automobile", "car", "ship", "truck"}
 _animals = {"bird", "cat", "deer", "dog", "frog", "horse", "monkey"}
 
@@ -139,11 +142,12 @@ def _named_partition(name, classes):
     if name == "pairs" and K % 2 == 0: return tuple((c, c + 1) for c in range(0, K, 2))
     if name == "pairs": raise ValueError(f"partition 'pairs': {K} classes cannot be paired")
     if name != "animals_vehicles":
-        raise ValueError(f"partition {name!r}: expected 'binary', 'pairs', 'animals_vehicles', a sequence of coarse labels, or groups")
-    if unknown := set(classes) - _animals - _vehicles: raise ValueError(f"partition 'animals_vehicles': what is {sorted(unknown)}?")
+        raise ValueError(f"partition {name!r}: expected binary, pairs, animals_vehicles, coarse labels, or groups")
+    unknown = sorted(set(classes) - _animals - _vehicles)
+    if unknown: raise ValueError(f"partition {name!r}: {unknown} are neither animals nor vehicles known here")
     return tuple(tuple(i for i, c in enumerate(classes) if c in kind) for kind in (_animals, _vehicles))
 
-# %% ../../nbs/lab/10_data.ipynb #df6ab4cd
+# %% ../../nbs/lab/10_data.ipynb #aa051d0a
 def _groups(partition, classes):
     "The partition as a tuple of groups of class indices; each class must be in exactly one group."
     if isinstance(partition, str): groups = _named_partition(partition, classes)
@@ -152,28 +156,35 @@ def _groups(partition, classes):
         coarse = [int(c) for c in partition]
         groups = tuple(tuple(i for i, c in enumerate(coarse) if c == k) for k in range(max(coarse) + 1))
     if sorted(c for g in groups for c in g) != list(range(len(classes))) or not all(groups) or len(groups) < 2:
-        raise ValueError(f"partition {partition}: expected at least 2 groups, none empty, with each class 0..{len(classes) - 1} once")
+        raise ValueError(f"partition {partition}: expected at least 2 groups, none empty, "
+                         f"with each class 0..{len(classes) - 1} once")
     return groups
 
-# %% ../../nbs/lab/10_data.ipynb #1b6e2a1b
+# %% ../../nbs/lab/10_data.ipynb #3157fec7
+def _group_name(partition, names):
+    "The name of a coarse class."
+    if isinstance(partition, str) and partition == "animals_vehicles":
+        return "animals" if names[0] in _animals else "vehicles"
+    return "+".join(names) if len(names) <= 5 else f"{names[0]}...{names[-1]}"
+
+# %% ../../nbs/lab/10_data.ipynb #88651473
 @patch
 def coarsen(
     self: ImageData,
-    partition: str | Sequence,  # "binary" (first half, second half), "pairs", "animals_vehicles", coarse label of each class, or groups of classes
+    partition: str | Sequence,  # "binary" (halves), "pairs", "animals_vehicles", each class's coarse label, or groups
 ) -> ImageData:
-    "Merge classes; the labels before the first merge are kept as `fine_*`. Raises `ValueError` unless each class is in one group."
+    "Merge classes; the labels before are kept as `fine_*`. Raises `ValueError` unless each class is in one group."
     groups = _groups(partition, self.classes)
     table = torch.empty(self.num_classes, dtype=torch.int64)    # class -> coarse class
     for k, group in enumerate(groups): table[list(group)] = k
-    names = tuple("+".join(self.classes[c] for c in g) if len(g) <= 5 else f"{self.classes[g[0]]}...{self.classes[g[-1]]}" for g in groups)
-    if partition == "animals_vehicles": names = ("animals", "vehicles")
+    names = tuple(_group_name(partition, [self.classes[c] for c in g]) for g in groups)
     clean = self.train_labels if self.clean_train_labels is None else self.clean_train_labels
     fine = dict(fine_train_labels=clean, fine_test_labels=self.test_labels, fine_classes=self.classes)
     return replace(self, train_labels=table[self.train_labels], test_labels=table[self.test_labels], classes=names,
                    clean_train_labels=None if self.clean_train_labels is None else table[clean],
                    **({} if self.fine_classes else fine))
 
-# %% ../../nbs/lab/10_data.ipynb #9f3827f1
+# %% ../../nbs/lab/10_data.ipynb #e78f66b6
 @patch
 def with_label_noise(
     self: ImageData,
@@ -189,7 +200,7 @@ def with_label_noise(
     clean = self.train_labels if self.clean_train_labels is None else self.clean_train_labels
     return replace(self, train_labels=labels, clean_train_labels=clean)
 
-# %% ../../nbs/lab/10_data.ipynb #ddf02dd4
+# %% ../../nbs/lab/10_data.ipynb #5e8c37a4
 @patch
 def with_imbalance(
     self: ImageData,
@@ -199,14 +210,14 @@ def with_imbalance(
 ) -> ImageData:
     "Thin out the train set so that classes have different sizes, class 0 the largest."
     if ratio < 1: raise ValueError(f"ratio={ratio}: expected the largest class over the smallest, at least 1")
-    if profile not in ("exponential", "step"): raise ValueError(f"profile={profile!r}: expected 'exponential' or 'step'")
+    if profile not in ("exponential", "step"): raise ValueError(f"profile={profile!r}: expected exponential or step")
     K, largest = self.num_classes, int(self.train_labels.bincount(minlength=self.num_classes).min())
     power = [c / (K - 1) if profile == "exponential" else float(c >= K // 2) for c in range(K)]
     counts = [round(largest * ratio ** -p) for p in power]
-    if min(counts) < 1: raise ValueError(f"ratio={ratio}: the smallest class would be empty, there are {largest} images a class")
+    if min(counts) < 1: raise ValueError(f"ratio={ratio}: of {largest} images a class, the smallest would be empty")
     return _take(self, train=_choose(self.train_labels, counts, _generator(seed, "imbalance"), "train"))
 
-# %% ../../nbs/lab/10_data.ipynb #5d22d5ce
+# %% ../../nbs/lab/10_data.ipynb #88c38daa
 def _decode(file, name):
     "The pixels of an image file, (C, H, W) uint8 with C = 1 (grey) or 3."
     from PIL import Image
@@ -216,15 +227,15 @@ def _decode(file, name):
     except OSError as e: raise ValueError(f"{name}: not an image that can be read ({e})") from e
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
-# %% ../../nbs/lab/10_data.ipynb #20c59880
+# %% ../../nbs/lab/10_data.ipynb #60f69b1e
 def _stack(images):
-    "Images of one size as (N, C, H, W); grey ones get three channels where some have colour. Raises `ValueError` for two sizes."
+    "Images as (N, C, H, W); grey ones get three channels where some have colour. Raises `ValueError` for two sizes."
     sizes = sorted({tuple(x.shape[1:]) for x in images})
-    if len(sizes) > 1: raise ValueError(f"images of different sizes, {sizes[0]} and {sizes[-1]} pixels: scale them to one size first")
+    if len(sizes) > 1: raise ValueError(f"images of different sizes, {sizes[0]} and {sizes[-1]}: make them one size")
     channels = max(len(x) for x in images)
     return torch.stack([x.expand(channels, -1, -1) for x in images]).contiguous()
 
-# %% ../../nbs/lab/10_data.ipynb #7c86343c
+# %% ../../nbs/lab/10_data.ipynb #1f6d933d
 def _from_files(files, source):
     "`ImageData`'s arrays from pairs (path parts ending in split, class, file; pixels)."
     found = {"train": [], "test": []}
@@ -233,7 +244,8 @@ def _from_files(files, source):
         raise ValueError(f"{source}: expected images in train/<class>/ and test/<class>/, "
                          f"found {len(found['train'])} train and {len(found['test'])} test images")
     classes = tuple(sorted({c for c, _, _ in found["train"]}))
-    if other := {c for c, _, _ in found["test"]} ^ set(classes): raise ValueError(f"{source}: {sorted(other)} are not classes of both splits")
+    if other := {c for c, _, _ in found["test"]} ^ set(classes):
+        raise ValueError(f"{source}: {sorted(other)} are not classes of both splits")
     arrays = {"classes": classes}
     for split, items in found.items():
         items.sort(key=lambda item: item[:2])
@@ -241,17 +253,18 @@ def _from_files(files, source):
         arrays[f"{split}_labels"] = torch.tensor([classes.index(c) for c, _, _ in items])
     return arrays
 
-# %% ../../nbs/lab/10_data.ipynb #35ff91df
+# %% ../../nbs/lab/10_data.ipynb #e9cbb049
 def _is_image(parts):
     "Whether a path (its parts) is one of an image: .../train/<class>/<file> or .../test/<class>/<file>, not hidden."
     return len(parts) >= 3 and parts[-3] in ("train", "test") and not any(p.startswith(".") for p in parts[-2:])
 
 def _read_folder(folder):
     "Arrays of an image folder."
-    files = [f for split in ("train", "test") for f in folder.glob(f"{split}/*/*") if _is_image(f.parts) and f.is_file()]
+    found = [*folder.glob("train/*/*"), *folder.glob("test/*/*")]
+    files = [f for f in found if _is_image(f.parts) and f.is_file()]
     return _from_files(((f.parts, _decode(f, f)) for f in files), folder)
 
-# %% ../../nbs/lab/10_data.ipynb #d35ed672
+# %% ../../nbs/lab/10_data.ipynb #08a2f181
 def _read_archive(archive):
     "Arrays of an image folder inside a tar archive. Raises `ValueError` for a member that is a link or points outside."
     def files():
@@ -259,20 +272,21 @@ def _read_archive(archive):
             for member in tar:
                 parts = Path(member.name).parts
                 if member.name.startswith(("/", "\\")) or ".." in parts or not (member.isfile() or member.isdir()):
-                    raise ValueError(f"{archive}: refusing {member.name!r}, a link, a device, or a path that leaves the folder")
+                    raise ValueError(f"{archive}: refusing {member.name!r}, a link, a device, or a path to outside")
                 if member.isfile() and _is_image(parts): yield parts, _decode(tar.extractfile(member), member.name)
     return _from_files(files(), archive)
 
-# %% ../../nbs/lab/10_data.ipynb #831f7f7b
+# %% ../../nbs/lab/10_data.ipynb #da5a5594
 def _source_key(paths):
     "A text that changes when a file in or below `paths` does."
     digest = 0
     for path in sorted(f for p in paths for f in ([p] if p.is_file() else p.rglob("*"))):
+        if not path.is_file(): continue
         info = path.stat()
-        if path.is_file(): digest = zlib.crc32(f"{path.name} {path.parent.name} {info.st_size} {info.st_mtime_ns}".encode(), digest)
+        digest = zlib.crc32(f"{path.parent.name}/{path.name} {info.st_size} {info.st_mtime_ns}".encode(), digest)
     return f"1-{digest:08x}"                       # 1: the version of what is cached
 
-# %% ../../nbs/lab/10_data.ipynb #bd0ef434
+# %% ../../nbs/lab/10_data.ipynb #2d0cff38
 def _cached(file, paths, read):
     "The arrays that `read()` makes of `paths`, kept in `file`."
     key = _source_key(paths)
@@ -288,7 +302,7 @@ def _cached(file, paths, read):
     finally: temporary.unlink(missing_ok=True)
     return arrays
 
-# %% ../../nbs/lab/10_data.ipynb #f4218a41
+# %% ../../nbs/lab/10_data.ipynb #2205f4bf
 _TORCHVISION = {
     "mnist":         ("MNIST",        "train", ("MNIST/raw",)),
     "fashion_mnist": ("FashionMNIST", "train", ("FashionMNIST/raw",)),
@@ -299,7 +313,7 @@ _TORCHVISION = {
 }
 dataset_names = ("digits", *_TORCHVISION)   # the names that `load_dataset` knows, besides folders
 
-# %% ../../nbs/lab/10_data.ipynb #75c0e210
+# %% ../../nbs/lab/10_data.ipynb #d3418747
 def _read_torchvision(name, data_dir, download):
     "Arrays of a torchvision data set, downloaded and verified by torchvision where asked."
     from torchvision import datasets
@@ -316,7 +330,7 @@ def _read_torchvision(name, data_dir, download):
     classes = getattr(source, "classes", [str(c) for c in range(10)])
     return {**arrays, "classes": tuple(c.split(" - ")[0] for c in classes)}
 
-# %% ../../nbs/lab/10_data.ipynb #4db392aa
+# %% ../../nbs/lab/10_data.ipynb #8387c886
 def _missing(name, folder, cause):
     "The error for a data set that is absent."
     where = " and ".join(str(folder / f) for f in _TORCHVISION[name][2])
@@ -326,7 +340,7 @@ def _missing(name, folder, cause):
         f"then copy the folder: cp -r data/. {folder}\n"
         f"Image files work as well: {folder / name}/train/<class>/*.png and {folder / name}/test/<class>/*.png")
 
-# %% ../../nbs/lab/10_data.ipynb #d1e222dd
+# %% ../../nbs/lab/10_data.ipynb #82e1c9f5
 def _load_torchvision(name, folder, download):
     "A torchvision data set from `folder`, else from an image folder of its name there, else downloaded."
     paths = [folder / f for f in _TORCHVISION[name][2]]
@@ -339,18 +353,19 @@ def _load_torchvision(name, folder, download):
         return ImageData(name, **_cached(folder / f"{name}.decoded.pt", paths, read))
     except (OSError, RuntimeError) as e: raise _missing(name, folder, f"{type(e).__name__}: {e}") from e
 
-# %% ../../nbs/lab/10_data.ipynb #42e091a9
+# %% ../../nbs/lab/10_data.ipynb #2ca38744
 def _load_images(path):
     "An image folder or an archive of one, with a note where its pixels are those of JPEG files."
-    if path.is_dir():
-        arrays = _cached(path.with_name(f"{path.name}.decoded.pt"), [path / "train", path / "test"], lambda: _read_folder(path))
-    else: arrays = _cached(path.with_name(f"{path.name}.decoded.pt"), [path], lambda: _read_archive(path))
+    path = path.resolve()                          # a link to a folder has its cache beside the folder
+    cache = path.with_name(f"{path.name}.decoded.pt")
+    if path.is_dir(): arrays = _cached(cache, [path / "train", path / "test"], lambda: _read_folder(path))
+    else: arrays = _cached(cache, [path], lambda: _read_archive(path))
     name = path.name.removesuffix(".xz").removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
     return ImageData(name, note=f"From image files in {path.name}; JPEG files are lossy.", **arrays)
 
-# %% ../../nbs/lab/10_data.ipynb #ca42ea22
+# %% ../../nbs/lab/10_data.ipynb #a2905e06
 def load_dataset(
-    name: str | Path,                    # one of `dataset_names`, or a folder or .tar.xz/.tar.gz/.tgz with train/<class>/ and test/<class>/
+    name: str | Path,                    # one of `dataset_names`, or a folder or archive of images
     data_dir: str | Path | None = None,  # where data sets are kept, default the folder that settings.ini names
     download: bool = True,               # fetch what torchvision can fetch
 ) -> ImageData:
@@ -362,11 +377,14 @@ def load_dataset(
     folder = Path(data_dir).expanduser()
     if str(name) in _TORCHVISION: return _load_torchvision(str(name), folder, download)
     for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
-        if path.is_dir() or (path.is_file() and path.name.endswith((".tar.xz", ".tar.gz", ".tgz"))): return _load_images(path)
-    raise FileNotFoundError(f"no data set {str(name)!r}: expected one of {', '.join(dataset_names)}, or a folder or archive "
-                            f"(.tar.xz, .tar.gz, .tgz) of images as train/<class>/ and test/<class>/, looked for in {folder.absolute()}")
+        if path.is_dir() or (path.is_file() and path.name.endswith(_archives)): return _load_images(path)
+    raise FileNotFoundError(
+        f"no data set {str(name)!r} in {folder.absolute()}: expected one of {', '.join(dataset_names)}, "
+        f"or a folder or archive ({', '.join(_archives)}) of images as train/<class>/ and test/<class>/")
 
-# %% ../../nbs/lab/10_data.ipynb #ae676114
+_archives = (".tar.xz", ".tar.gz", ".tgz")
+
+# %% ../../nbs/lab/10_data.ipynb #8e2873b3
 @patch
 def channel_stats(self: ImageData) -> tuple[Tensor, Tensor]:
     "Mean and standard deviation of the train images in [0, 1], each (C,) float64."
@@ -378,7 +396,7 @@ def channel_stats(self: ImageData) -> tuple[Tensor, Tensor]:
     mean = share @ value
     return mean, (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
 
-# %% ../../nbs/lab/10_data.ipynb #1a7c35f4
+# %% ../../nbs/lab/10_data.ipynb #1077ffa9
 def crop_flip(
     images: Tensor,              # (B, C, H, W)
     generator: torch.Generator,  # on the CPU, so that every device sees the same augmentation
@@ -391,13 +409,13 @@ def crop_flip(
     flip = torch.randint(2, (B,), generator=generator).bool()
     rows = top[:, None] + torch.arange(H)                                                          # (B, H)
     cols = left[:, None] + torch.where(flip[:, None], torch.arange(W).flip(0), torch.arange(W))    # (B, W)
-    rows, cols, batch = (t.to(images.device) for t in (rows, cols, torch.arange(B)))
+    rows, cols, b, c = (t.to(images.device) for t in (rows, cols, torch.arange(B), torch.arange(C)))
     padded = torch.nn.functional.pad(images, (p, p, p, p))
-    return padded[batch[:, None, None, None], torch.arange(C, device=images.device)[:, None, None], rows[:, None, :, None], cols[:, None, None, :]]
+    return padded[b[:, None, None, None], c[:, None, None], rows[:, None, :, None], cols[:, None, None, :]]
 
-# %% ../../nbs/lab/10_data.ipynb #aa4948e0
+# %% ../../nbs/lab/10_data.ipynb #49fec3e6
 class TensorLoader:
-    "Batches of normalised float32 images and their labels from bytes in memory; works as a loader of fastai's `DataLoaders`."
+    "Batches of normalised float32 images and labels from bytes in memory; works in fastai's `DataLoaders`."
     def __init__(
         self,
         images: Tensor,               # (N, C, H, W) uint8
@@ -412,19 +430,23 @@ class TensorLoader:
         device: str | torch.device = "cpu",
         drop_last: bool = False,      # leave out an incomplete last batch
     ):
-        if len(images) != len(labels): raise ValueError(f"{len(images)} images and {len(labels)} labels")
-        if not len(images): raise ValueError("no images")
-        if batch_size < 1: raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        if augment not in (None, "crop_flip"): raise ValueError(f"augment={augment!r}: expected None or 'crop_flip'")
-        self.images, self.labels = images, labels
-        self.batch_size, self.shuffle, self.seed, self.augment, self.drop_last = batch_size, shuffle, seed, augment, drop_last
+        _check_loader(images, labels, batch_size, augment)
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.shuffle, self.seed, self.augment, self.drop_last, self.epoch = shuffle, seed, augment, drop_last, 0
         C = images.shape[1]
         mean, std = (torch.full((C,), d) if t is None else t.float() for t, d in ((mean, 0.0), (std, 1.0)))
         self.mean, self.std = mean.reshape(C, 1, 1), torch.where(std > 0, std, 1.0).reshape(C, 1, 1)
-        self.epoch = 0
         self.to(device)
 
-# %% ../../nbs/lab/10_data.ipynb #5bc47517
+# %% ../../nbs/lab/10_data.ipynb #045c0c86
+def _check_loader(images, labels, batch_size, augment):
+    "Raise `ValueError` for what a `TensorLoader` cannot be made of."
+    if len(images) != len(labels): raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    if not len(images): raise ValueError("no images")
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    if augment not in (None, "crop_flip"): raise ValueError(f"augment={augment!r}: expected None or 'crop_flip'")
+
+# %% ../../nbs/lab/10_data.ipynb #0b34c440
 @patch
 def to(self: TensorLoader, device: str | torch.device) -> TensorLoader:
     "Move the data, once, to `device`."
@@ -438,12 +460,17 @@ def set_epoch(self: TensorLoader, epoch: int) -> TensorLoader:
     self.epoch = int(epoch)
     return self
 
+@patch
+def one_batch(self: TensorLoader) -> tuple[Tensor, Tensor]:
+    "The first batch of the next pass."
+    return next(iter(self))
+
 @patch(as_prop=True)
 def dataset(self: TensorLoader) -> torch.utils.data.TensorDataset:
     "The samples behind the batches, as bytes."
     return torch.utils.data.TensorDataset(self.images, self.labels)
 
-# %% ../../nbs/lab/10_data.ipynb #4ef08d7c
+# %% ../../nbs/lab/10_data.ipynb #0dd46d01
 @patch
 def batch_sizes(self: TensorLoader) -> list[int]:
     "The number of samples of each batch of a pass."
@@ -456,20 +483,20 @@ def batch_sizes(self: TensorLoader) -> list[int]:
 @patch
 def __len__(self: TensorLoader) -> int: return len(self.batch_sizes())
 
-# %% ../../nbs/lab/10_data.ipynb #8ef566b0
+# %% ../../nbs/lab/10_data.ipynb #697e2c15
 @patch
 def __iter__(self: TensorLoader) -> Iterator[tuple[Tensor, Tensor]]:
     epoch, N = self.epoch, len(self.labels)
     generator = _generator(self.seed, epoch, "batches")
     order = torch.randperm(N, generator=generator) if self.shuffle else torch.arange(N)
-    start = 0
-    for size, index in zip(sizes := self.batch_sizes(), order.to(self.device)[:sum(sizes)].split(sizes), strict=True):
+    sizes = self.batch_sizes()
+    for index in order.to(self.device)[:sum(sizes)].split(sizes):
         images = self.images[index]
         if self.augment: images = crop_flip(images, generator)
         yield images.float().div_(255).sub_(self.mean).div_(self.std), self.labels[index]
     self.epoch = epoch + 1
 
-# %% ../../nbs/lab/10_data.ipynb #dacc9bcb
+# %% ../../nbs/lab/10_data.ipynb #32df7451
 def loaders(
     data: ImageData,
     batch_size: int = 128,             # of training
@@ -478,9 +505,10 @@ def loaders(
     augment: str | None = None,        # None or "crop_flip", in training only
     measure_batch_size: int = 512,     # of the two loaders for measuring
 ) -> tuple[TensorLoader, TensorLoader, TensorLoader]:
-    "Loaders for training (shuffled), for measuring the train set (neither shuffled nor augmented), and for the test set."
+    "Loaders for training (shuffled), for measuring the train set (in order, not augmented), and for the test set."
     mean, std = data.channel_stats()
-    train = TensorLoader(data.train_images, data.train_labels, batch_size, shuffle=True, seed=seed, mean=mean, std=std, augment=augment, device=device)
+    train = TensorLoader(data.train_images, data.train_labels, batch_size, shuffle=True, seed=seed, mean=mean, std=std,
+                         augment=augment, device=device)
     measure = [TensorLoader(x, y, measure_batch_size, mean=mean, std=std, device=device)
                for x, y in ((train.images, train.labels), (data.test_images, data.test_labels))]
     return train, *measure

@@ -10,13 +10,10 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/models.html.md"""
 __all__ = ['model_names', 'BasicBlock', 'SmallResNet', 'MLP', 'build_model', 'unwrap', 'head_name', 'head_of', 'count_parameters',
            'tap_layers']
 
-# %% ../../nbs/lab/20_models.ipynb #e6093c32
-from collections.abc import Sequence
-
-import torch
+# %% ../../nbs/lab/20_models.ipynb #30812de3
 from torch import Tensor, nn
 
-# %% ../../nbs/lab/20_models.ipynb #107b8465
+# %% ../../nbs/lab/20_models.ipynb #df263a7c
 class BasicBlock(nn.Module):
     "Two 3 x 3 convolutions with batch normalisation and a shortcut (He et al. 2015, arXiv 1512.03385)."
     def __init__(self, in_channels: int, channels: int, stride: int = 1):
@@ -32,7 +29,7 @@ class BasicBlock(nn.Module):
         out = self.relu1(self.bn1(self.conv1(x)))
         return self.relu2(self.bn2(self.conv2(out)) + self.shortcut(x))
 
-# %% ../../nbs/lab/20_models.ipynb #5bbc7e2a
+# %% ../../nbs/lab/20_models.ipynb #9db87233
 class SmallResNet(nn.Module):
     "A residual net of any width for images from 8 pixels up; its layers: stem, stage1, stage2, stage3, pool, head."
     def __init__(
@@ -45,7 +42,8 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         def stage(inputs, outputs, stride):
-            return nn.Sequential(BasicBlock(inputs, outputs, stride), *[BasicBlock(outputs, outputs) for _ in range(depth - 1)])
+            more = [BasicBlock(outputs, outputs) for _ in range(depth - 1)]
+            return nn.Sequential(BasicBlock(inputs, outputs, stride), *more)
         self.stage1 = stage(width, width, 1)
         self.stage2 = stage(width, 2 * width, 2)
         self.stage3 = stage(2 * width, 4 * width, 2)
@@ -56,7 +54,7 @@ class SmallResNet(nn.Module):
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))   # (B, 4 width, H/4, W/4)
         return self.head(self.pool(x))                            # (B, K)
 
-# %% ../../nbs/lab/20_models.ipynb #029f10f2
+# %% ../../nbs/lab/20_models.ipynb #fe025d9f
 class MLP(nn.Module):
     "Fully connected layers with ReLU on flattened images; its layers: flatten, layer1, layer2, ..., head."
     def __init__(
@@ -76,7 +74,7 @@ class MLP(nn.Module):
         for layer in self.children(): x = layer(x)
         return x
 
-# %% ../../nbs/lab/20_models.ipynb #de8473c3
+# %% ../../nbs/lab/20_models.ipynb #25cdbe19
 def _resnet(name, num_classes, in_channels):
     "torchvision's ResNet with a stem for small images."
     from torchvision import models
@@ -86,7 +84,7 @@ def _resnet(name, num_classes, in_channels):
     model.maxpool = nn.Identity()
     return model
 
-# %% ../../nbs/lab/20_models.ipynb #658d97fb
+# %% ../../nbs/lab/20_models.ipynb #42b5daac
 def _densenet(name, num_classes, in_channels):
     "torchvision's DenseNet with a stem for small images."
     from torchvision import models
@@ -96,7 +94,7 @@ def _densenet(name, num_classes, in_channels):
     model.features.pool0 = nn.Identity()
     return model
 
-# %% ../../nbs/lab/20_models.ipynb #a56ec28f
+# %% ../../nbs/lab/20_models.ipynb #9ed7ae1f
 def _vgg(name, num_classes, in_channels, image_size):
     "torchvision's VGG with batch normalisation, as many max-pools as the image allows, and a single linear head."
     from torchvision import models
@@ -105,12 +103,16 @@ def _vgg(name, num_classes, in_channels, image_size):
     layers[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.MaxPool2d): size, layers[i] = (size // 2, layer) if size > 1 else (size, nn.Identity())
-        if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layers[i].weight, mode="fan_out", nonlinearity="relu"); nn.init.zeros_(layers[i].bias)
-    model.features, model.avgpool, model.classifier = nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layers[i].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[i].bias)
+    model.features, model.avgpool = nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(512, num_classes)
     return model
 
-# %% ../../nbs/lab/20_models.ipynb #61dbb33f
-model_names = ("small_resnet", "mlp", "resnet18", "resnet34", "resnet50", "densenet121", "vgg11_bn", "vgg16_bn", "vgg19_bn")
+# %% ../../nbs/lab/20_models.ipynb #0bdc5d99
+model_names = ("small_resnet", "mlp", "resnet18", "resnet34", "resnet50", "densenet121",
+               "vgg11_bn", "vgg16_bn", "vgg19_bn")
 
 def build_model(
     name: str,                       # one of `model_names`
@@ -118,7 +120,7 @@ def build_model(
     in_channels: int = 3,
     width: int | None = None,        # of small_resnet (default 16) and mlp (256); the others have none
     image_size: int | None = None,   # pixels a side; mlp needs it, the VGG nets assume 32
-    depth: int | None = None,        # blocks a stage of small_resnet (1), hidden layers of mlp (3); the others have none
+    depth: int | None = None,        # blocks a stage of small_resnet (1), hidden layers of mlp (3)
 ) -> nn.Module:                      # (B, in_channels, H, W) -> (B, num_classes)
     "A network for small images, its weights drawn with torch's current seed. Raises `ValueError` for an unknown name."
     if name not in model_names: raise ValueError(f"model {name!r}: expected one of {', '.join(model_names)}")
@@ -132,7 +134,7 @@ def build_model(
     if name.startswith("vgg"): return _vgg(name, num_classes, in_channels, image_size or 32)
     return (_resnet if name.startswith("resnet") else _densenet)(name, num_classes, in_channels)
 
-# %% ../../nbs/lab/20_models.ipynb #cd0777c9
+# %% ../../nbs/lab/20_models.ipynb #7ca4c2b2
 def unwrap(
     model: nn.Module,  # possibly inside DataParallel, DistributedDataParallel or torch.compile
 ) -> nn.Module:
@@ -142,28 +144,29 @@ def unwrap(
         elif hasattr(model, "_orig_mod"): model = model._orig_mod
         else: return model
 
-# %% ../../nbs/lab/20_models.ipynb #1318a9bf
+# %% ../../nbs/lab/20_models.ipynb #65573664
 def head_name(model: nn.Module) -> str:
     "The name of the last `nn.Linear`. Raises `ValueError` where there is none."
     names = [name for name, module in unwrap(model).named_modules() if isinstance(module, nn.Linear)]
-    if not names: raise ValueError(f"{type(unwrap(model)).__name__} has no nn.Linear: give the classifier (W, b), W (K, D) and b (K,)")
+    if not names: raise ValueError(f"{type(unwrap(model)).__name__} has no nn.Linear: give the classifier (W, b)")
     return names[-1]
 
-# %% ../../nbs/lab/20_models.ipynb #ab85a67f
+# %% ../../nbs/lab/20_models.ipynb #d11907ce
 def head_of(
     model: nn.Module,
-) -> tuple[Tensor, Tensor]:  # W (K, D) and b (K,), zeros for a layer without bias; copies
+    name: str | None = None,  # of a linear layer, default the last one
+) -> tuple[Tensor, Tensor]:   # W (K, D) and b (K,), zeros for a layer without bias; copies
     "The weights of the last linear layer. Raises `ValueError` where there is none."
-    layer = unwrap(model).get_submodule(head_name(model))
+    layer = unwrap(model).get_submodule(name or head_name(model))
     W = layer.weight.detach().clone()
     return W, W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().clone()
 
-# %% ../../nbs/lab/20_models.ipynb #d7c87f6a
+# %% ../../nbs/lab/20_models.ipynb #88d7686f
 def count_parameters(model: nn.Module) -> int:
     "The number of weights that training changes."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../../nbs/lab/20_models.ipynb #c47e7e63
+# %% ../../nbs/lab/20_models.ipynb #7327755b
 def tap_layers(
     model: nn.Module,
 ) -> tuple[str, ...]:  # names in order of depth, the last one gives the input of the classifier
@@ -172,13 +175,15 @@ def tap_layers(
     names, kind = dict(model.named_modules()), type(model).__name__
     if isinstance(model, SmallResNet): return ("stem", "stage1", "stage2", "pool")
     if isinstance(model, MLP): return tuple(n for n in names if n.startswith("layer") and "." not in n)
-    if kind == "ResNet" and {"relu", "layer1", "layer2", "layer3", "avgpool"} <= set(names): return ("relu", "layer1", "layer2", "layer3", "avgpool")
+    if kind == "ResNet" and set(_resnet_layers) <= set(names): return _resnet_layers
     if kind == "VGG" and head_name(model) == "classifier":
         return (*[n for n, m in names.items() if isinstance(m, nn.MaxPool2d)][:-1], "avgpool")
     if kind == "DenseNet": return (*[f"features.denseblock{i}" for i in (1, 2, 3)], "classifier:input")
     return _generic_layers(model)
 
-# %% ../../nbs/lab/20_models.ipynb #1799bd22
+_resnet_layers = ("relu", "layer1", "layer2", "layer3", "avgpool")
+
+# %% ../../nbs/lab/20_models.ipynb #a1db7891
 def _generic_layers(model):
     "Top-level blocks with weights before the head, or else single layers with weights, and the input of the head."
     head = head_name(model)

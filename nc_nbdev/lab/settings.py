@@ -9,13 +9,13 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/settings.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'RunConfig', 'config_id', 'log_epochs', 'Preset', 'Settings', 'get_settings', 'pick_device']
 
-# %% ../../nbs/lab/00_settings.ipynb #499a435d
+# %% ../../nbs/lab/00_settings.ipynb #637235c3
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../../nbs/lab/00_settings.ipynb #198f951f
+# %% ../../nbs/lab/00_settings.ipynb #ab99ccb6
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that determines a training run; two runs with equal configurations have equal numbers."
@@ -30,11 +30,11 @@ class RunConfig:
     loss: str = "cross_entropy"           # or "mse": squared error to the one-hot label
     epochs: int = 150
     batch_size: int = 128
-    lr: float = 0.1                       # peak learning rate
+    lr: float = 0.03                      # peak learning rate
     momentum: float = 0.9
     weight_decay: float = 1e-2            # L2 penalty on every parameter
-    schedule: str = "step"                # "step", "cosine" or "constant"
-    milestones: tuple[float, ...] = (0.7, 0.9)   # fractions of training where "step" divides the rate by 10
+    schedule: str = "cosine"              # "cosine", "step" or "constant"
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3)   # fractions of training where "step" divides the rate by 10
     augment: str | None = None            # None or "crop_flip"; measuring never augments
     measure_points: int = 24              # epochs at which features are measured, on a log grid, first and last included
     snapshots: int = 8                    # how many of those epochs keep the weights
@@ -42,7 +42,7 @@ class RunConfig:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/lab/00_settings.ipynb #a2d50039
+# %% ../../nbs/lab/00_settings.ipynb #7758769f
 _choices = dict(loss=("cross_entropy", "mse"), schedule=("step", "cosine", "constant"), augment=(None, "crop_flip"))
 _at_least = dict(epochs=1, batch_size=2, lr=0, momentum=0, weight_decay=0, imbalance=1, label_noise=0, measure_points=2, snapshots=0)
 
@@ -58,7 +58,7 @@ def _check_config(config):
     if any(not 0 < m < 1 for m in config.milestones) or list(config.milestones) != sorted(config.milestones):
         raise ValueError(f"milestones={config.milestones}: expected increasing fractions of training between 0 and 1")
 
-# %% ../../nbs/lab/00_settings.ipynb #5b78dba8
+# %% ../../nbs/lab/00_settings.ipynb #02ee5c8a
 def config_id(
     config: RunConfig,  # the configuration
 ) -> str:               # 16 hexadecimal digits, equal for equal configurations on every machine
@@ -66,7 +66,7 @@ def config_id(
     text = json.dumps(asdict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/lab/00_settings.ipynb #9adaabfd
+# %% ../../nbs/lab/00_settings.ipynb #18332b35
 def log_epochs(
     epochs: int,   # length of training
     points: int,   # how many epochs to choose at most
@@ -75,7 +75,7 @@ def log_epochs(
     steps = [round(epochs ** (i / (points - 2))) for i in range(points - 1)] if points > 2 else [epochs]
     return tuple(sorted({0, *steps}))
 
-# %% ../../nbs/lab/00_settings.ipynb #8150ea5f
+# %% ../../nbs/lab/00_settings.ipynb #874598a6
 @dataclass(frozen=True)
 class Preset:
     "A scale: the training runs that the studies start from."
@@ -83,9 +83,9 @@ class Preset:
     grid: tuple[RunConfig, ...]   # one configuration a data set x architecture, the main one first
     note: str                     # what it costs
 
-# %% ../../nbs/lab/00_settings.ipynb #e47d990f
+# %% ../../nbs/lab/00_settings.ipynb #f01d9960
 _small = RunConfig(width=16, lr=0.05, weight_decay=5e-3, epochs=60, train_per_class=500, test_per_class=200)
-_paper = RunConfig(width=None, epochs=350, lr=0.1, weight_decay=5e-4, milestones=(1 / 3, 2 / 3), measure_points=30)
+_paper = RunConfig(width=None, epochs=350, lr=0.1, weight_decay=5e-4, schedule="step", measure_points=30)
 PRESETS = {p.name: p for p in (
     Preset("quick", (RunConfig(),), "minutes on two cores"),
     Preset("laptop", tuple(replace(_small, dataset=d) for d in ("mnist", "fashion_mnist", "cifar10")), "hours on two cores"),
@@ -93,7 +93,7 @@ PRESETS = {p.name: p for p in (
                           for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")), "hours a run on one GPU"),
 )}
 
-# %% ../../nbs/lab/00_settings.ipynb #c6892534
+# %% ../../nbs/lab/00_settings.ipynb #d6fc41f1
 @dataclass(frozen=True)
 class Settings:
     "What `settings.ini` says: scale, seeds, device and folders."
@@ -120,7 +120,7 @@ class Settings:
         "The preset's main configuration."
         return self.grid[0]
 
-# %% ../../nbs/lab/00_settings.ipynb #fc2cd17b
+# %% ../../nbs/lab/00_settings.ipynb #0deed496
 def _parse_override(name, text):
     "The value of field `name` of `RunConfig` that `text` in settings.ini means."
     kind = {f.name: f.type for f in fields(RunConfig)}[name]
@@ -132,7 +132,7 @@ def _parse_override(name, text):
     except ValueError:
         raise ValueError(f"settings.ini: {name} = {text!r} is not of type {kind}") from None
 
-# %% ../../nbs/lab/00_settings.ipynb #82be0c0e
+# %% ../../nbs/lab/00_settings.ipynb #11eefd5e
 def get_settings(
     folder: str | Path | None = None,  # where to start looking upward for settings.ini, default the working directory
     **changes,  # fields of `Settings` that replace what the file says
@@ -150,7 +150,7 @@ def get_settings(
     if "seeds" in values: values["seeds"] = int(values["seeds"])
     return Settings(**{**values, "overrides": overrides, **changes})
 
-# %% ../../nbs/lab/00_settings.ipynb #7074809f
+# %% ../../nbs/lab/00_settings.ipynb #e4be2a34
 def pick_device(
     name: str = "auto",  # as in `Settings.device`
 ):                       # a torch.device
