@@ -10,7 +10,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/taps.html.md"""
 __all__ = ['pool_features', 'check_layers', 'FeatureTaps', 'evaluating', 'layer_features', 'Collected', 'collect',
            'CollapseReport', 'compare_splits', 'measure']
 
-# %% ../../nbs/lab/30_taps.ipynb #5a4d6539
+# %% ../../nbs/lab/30_taps.ipynb #0f548290
 import difflib
 import warnings
 from collections import Counter
@@ -31,7 +31,7 @@ from ..geometry.statistics import ClassStatistics
 from .data import TensorLoader
 from .models import head_name, head_of, tap_layers, unwrap
 
-# %% ../../nbs/lab/30_taps.ipynb #484afe65
+# %% ../../nbs/lab/30_taps.ipynb #320ffc5d
 def pool_features(
     activation: Tensor,                                # (B, ...) floating
     pool: str | Callable[[Tensor], Tensor] = "avg",    # "avg", "flatten", or a function to (B, D)
@@ -50,7 +50,7 @@ def pool_features(
     own = vectors.untyped_storage().data_ptr() != activation.untyped_storage().data_ptr()
     return vectors if own else vectors.clone()
 
-# %% ../../nbs/lab/30_taps.ipynb #2f624e88
+# %% ../../nbs/lab/30_taps.ipynb #933870f3
 def _first_tensor(value, layer):
     "The first tensor of what a layer takes or returns: a tensor, or a tuple, list or mapping with one."
     if isinstance(value, Tensor): return value
@@ -59,7 +59,7 @@ def _first_tensor(value, layer):
         if isinstance(item, (Tensor, tuple, list, Mapping)) and len(item): return _first_tensor(item, layer)
     raise ValueError(f"layer {layer!r}: no tensor in a {type(value).__name__}")
 
-# %% ../../nbs/lab/30_taps.ipynb #6856499a
+# %% ../../nbs/lab/30_taps.ipynb #de2256ca
 def check_layers(
     model: nn.Module,
     layers: str | Sequence[str],  # names in `model.named_modules()`, each possibly with ":input" at its end
@@ -76,7 +76,7 @@ def check_layers(
         raise ValueError(f"layers {layers}: expected one or more, each once")
     return layers
 
-# %% ../../nbs/lab/30_taps.ipynb #3010d40c
+# %% ../../nbs/lab/30_taps.ipynb #38aaa51e
 class FeatureTaps:
     "Context manager: `taps[layer]` (B, D), features in the last forward pass. Raises `ValueError` for unknown names."
     def __init__(
@@ -99,7 +99,7 @@ class FeatureTaps:
         for layer in self.layers: self._handles.append(self._attach(layer))
         return self
 
-# %% ../../nbs/lab/30_taps.ipynb #7c5aefa9
+# %% ../../nbs/lab/30_taps.ipynb #75a6e861
 @patch
 def _attach(self: FeatureTaps, layer):
     "A hook that keeps the features of `layer`."
@@ -120,7 +120,7 @@ def __getitem__(self: FeatureTaps, layer: str) -> Tensor:
     raise ValueError(f"layer {layer!r} ran {calls} times in the last forward pass, expected once"
                      + (": tap a layer after or inside it that runs once" if calls else ""))
 
-# %% ../../nbs/lab/30_taps.ipynb #87d32649
+# %% ../../nbs/lab/30_taps.ipynb #eba214a3
 @contextmanager
 def evaluating(model: nn.Module):
     "Evaluation mode inside the block; afterwards every module has the mode it had."
@@ -129,7 +129,7 @@ def evaluating(model: nn.Module):
     finally:
         for module, mode in modes: module.training = mode
 
-# %% ../../nbs/lab/30_taps.ipynb #66c4edf4
+# %% ../../nbs/lab/30_taps.ipynb #9c85ea52
 def _place(x, device, dtype):
     "Tensors in `x` on `device`, floating ones as `dtype`."
     if isinstance(x, Tensor): return x.as_subclass(Tensor).to(device, dtype if x.is_floating_point() else x.dtype)
@@ -141,7 +141,7 @@ def _call(model, x):
     "The output of `model` for a tensor, for several inputs (a tuple or list), or for named ones (a mapping)."
     return model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, list) else model(x)
 
-# %% ../../nbs/lab/30_taps.ipynb #8ed99122
+# %% ../../nbs/lab/30_taps.ipynb #5a021344
 def _tapped_batches(model, dl, layers, pool):
     "Yield the taps, the output and the labels of every batch. Leaves model and loader as they were."
     if getattr(dl, "augment", None): raise ValueError(f"augment={dl.augment!r}: measure images as they are")
@@ -159,7 +159,7 @@ def _tapped_batches(model, dl, layers, pool):
     finally:
         if epoch is not None: dl.set_epoch(epoch)
 
-# %% ../../nbs/lab/30_taps.ipynb #b330e327
+# %% ../../nbs/lab/30_taps.ipynb #d69c3e82
 def layer_features(
     model: nn.Module,
     dl: Iterable,                                     # batches (x, y)
@@ -174,7 +174,7 @@ def layer_features(
     features = {layer: torch.cat(parts) for layer, parts in zip(layers, zip(*found, strict=True), strict=True)}
     return features, torch.cat(labels)
 
-# %% ../../nbs/lab/30_taps.ipynb #9d98d151
+# %% ../../nbs/lab/30_taps.ipynb #504433c1
 @dataclass(frozen=True)
 class Collected:
     "What one pass over a split leaves behind."
@@ -191,7 +191,7 @@ class Collected:
     def accuracy(self) -> float | None:
         return None if self.predictions is None else (self.predictions == self.labels).double().mean().item()
 
-# %% ../../nbs/lab/30_taps.ipynb #77fcb96a
+# %% ../../nbs/lab/30_taps.ipynb #9236edcc
 _full_up_to = 4096   # features: beyond, a (D, D) scatter in float64 takes over 128 MB a layer
 
 def _new_statistics(H, num_classes, class_counts):
@@ -206,7 +206,7 @@ def _heads(taps, layers, head):
     same = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
     return tuple(layer for layer in layers if same(taps[layer], taps[head]))
 
-# %% ../../nbs/lab/30_taps.ipynb #83403dd8
+# %% ../../nbs/lab/30_taps.ipynb #094f2bca
 def _head_input(model, head):
     "The tap on the input of the linear layer `head`, of the last one for \"auto\", or None."
     if head != "auto": return head and f"{head}:input"
@@ -220,7 +220,7 @@ def _class_counts(dl, num_classes):
     counts = torch.bincount(dl.labels, minlength=num_classes)
     return None if counts.min() in (0, counts.max()) else counts
 
-# %% ../../nbs/lab/30_taps.ipynb #0bf5155f
+# %% ../../nbs/lab/30_taps.ipynb #70047433
 class _Accumulator:
     "What `collect` gathers, batch by batch."
     def __init__(self, num_classes, class_counts, keep, reference):
@@ -245,7 +245,7 @@ class _Accumulator:
         predictions = None if self.predictions[0] is None else torch.cat(self.predictions)
         return Collected(stats, labels, predictions, features, joined(self.nearest), heads)
 
-# %% ../../nbs/lab/30_taps.ipynb #888105ef
+# %% ../../nbs/lab/30_taps.ipynb #5335d980
 def collect(
     model: nn.Module,
     dl: Iterable,                    # batches (x, y), y int64 (B,)
@@ -271,13 +271,13 @@ def collect(
             heads = _heads(taps, heads, head)
     return found.result(heads)
 
-# %% ../../nbs/lab/30_taps.ipynb #23d8e26e
+# %% ../../nbs/lab/30_taps.ipynb #6edefe25
 def _predict(out, num_classes):
     "argmax of an output of shape (B, num_classes), else None."
     out = out if isinstance(out, Tensor) else _first_tensor(out, "output")
     return out.argmax(1) if out.ndim == 2 and out.shape[1] == num_classes else None
 
-# %% ../../nbs/lab/30_taps.ipynb #ac05fdea
+# %% ../../nbs/lab/30_taps.ipynb #e5e7976b
 @dataclass(frozen=True, repr=False)
 class CollapseReport:
     "Collapse of every layer on every split. `frame` has it all; the dictionaries have the objects."
@@ -293,7 +293,7 @@ class CollapseReport:
         "By layer, of the (first) test split; empty without one."
         return next(iter(self.collapse.values()), {})
 
-# %% ../../nbs/lab/30_taps.ipynb #e04fc8d2
+# %% ../../nbs/lab/30_taps.ipynb #1008be71
 @patch(as_prop=True)
 def frame(self: CollapseReport) -> pd.DataFrame:
     "One row a number: split, layer, measure, value. The accuracy of the network has the layer \"output\"."
@@ -313,7 +313,7 @@ def _variances(self: CollapseReport, split, layer):
     if split == "train": return {"train_variance": found.train}
     return {"weak_test_variance": found.weak, "test_variance": found.test, "strong_test_variance": found.strong}
 
-# %% ../../nbs/lab/30_taps.ipynb #90093ecb
+# %% ../../nbs/lab/30_taps.ipynb #fe1c5309
 @patch
 def table(self: CollapseReport) -> pd.DataFrame:
     "Measures as rows, splits and layers as columns, in order of depth."
@@ -330,7 +330,7 @@ def _repr_html_(self: CollapseReport) -> str:
 def __repr__(self: CollapseReport) -> str:
     return "\n".join([self.table().T.to_string(float_format="{:.4g}".format, na_rep=""), *self.notes])
 
-# %% ../../nbs/lab/30_taps.ipynb #53881527
+# %% ../../nbs/lab/30_taps.ipynb #22baa524
 def _measure_layer(split, layer, base, head, weighting):
     "`CollapseMeasures` of one layer; NC4 where the nearest mean of each sample is known. `base`: the train statistics."
     m = measure_collapse(split.statistics[layer], head, weighting=weighting)
@@ -346,14 +346,14 @@ def _measure_layer(split, layer, base, head, weighting):
 
 _not_kept = "needs the features of the train set: measure(..., keep=...)"
 
-# %% ../../nbs/lab/30_taps.ipynb #048a9432
+# %% ../../nbs/lab/30_taps.ipynb #8055c1f1
 def _measure_split(name, split, bases, heads, weighting):
     "`CollapseMeasures` of every layer of a split."
     one = lambda layer: _measure_layer(split, layer, bases[layer], heads.get(layer), weighting)
     try: return {layer: one(layer) for layer in split.layers}
     except ValueError as e: raise ValueError(f"{name} set: {e}") from e
 
-# %% ../../nbs/lab/30_taps.ipynb #44a57b57
+# %% ../../nbs/lab/30_taps.ipynb #ef098620
 def _compare(train, test, layer, weighting, restarts, seed):
     "Train, weak, test and strong variance of one layer; weak only where the test features were kept."
     base, stats = train.statistics[layer], test.statistics[layer]
@@ -363,7 +363,7 @@ def _compare(train, test, layer, weighting, restarts, seed):
     weak = weak_variance(test.features[layer], len(own), initial=(base.means, own), restarts=restarts, seed=seed)
     return replace(found, weak=min(weak / base.between_trace(weighting), found.test))
 
-# %% ../../nbs/lab/30_taps.ipynb #8718c0de
+# %% ../../nbs/lab/30_taps.ipynb #4990d9ec
 def compare_splits(
     train: Collected,
     tests: Mapping[str, Collected],                        # by name, collected with `reference=train.statistics`
@@ -387,7 +387,7 @@ def compare_splits(
     num_classes = train.statistics[train.layers[0]].num_classes
     return CollapseReport(num_classes, train.layers, measures, collapse, accuracy, tuple(notes))
 
-# %% ../../nbs/lab/30_taps.ipynb #7a7a5405
+# %% ../../nbs/lab/30_taps.ipynb #9f6b564c
 def _resolve_head(model, head, num_classes):
     "(W, b) or None, the name of its layer or None, K, and why there is no head or None."
     if head is None: return None, None, num_classes, "no classifier was asked for"
@@ -402,7 +402,7 @@ def _resolve_head(model, head, num_classes):
     if K != outputs: return None, None, K, f"layer {name} has {outputs} outputs, there are {K} classes"
     return head_of(model, name), name, K, None
 
-# %% ../../nbs/lab/30_taps.ipynb #388ccebe
+# %% ../../nbs/lab/30_taps.ipynb #28d43ed5
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
     train_dl: Iterable,                                 # batches (x, y), y int64 (B,); not augmented
@@ -432,7 +432,7 @@ def measure(
     return compare_splits(train, tests, head=Wb, head_layers=given, weighting=weighting, restarts=restarts, seed=seed,
                           notes=[f"No NC3, and no NC4 of the classifier: {why_not}."] if why_not else [])
 
-# %% ../../nbs/lab/30_taps.ipynb #4ff1785d
+# %% ../../nbs/lab/30_taps.ipynb #045083ea
 def _kept(layers, keep):
     "The layers that `keep` means."
     if not isinstance(keep, str): kept = set(keep)
