@@ -15,11 +15,15 @@ Modules:
 - `nc_nbdev.lab.data`: Data sets as byte tensors, every change of them a pure function of a seed, and batches whose order depends on nothing but the seed and the epoch.
 - `nc_nbdev.lab.figures`: Curves over training, seeds as bands, the terminal phase shaded: every figure of a study is drawn from the tidy history.
 - `nc_nbdev.lab.models`: The networks of the neural collapse literature, adapted to small images, and the layers of each that are worth measuring.
+- `nc_nbdev.lab.probes`: How well can classes that a network was not trained on be read off its features? A linear probe whose convergence is proved, and five other ways to ask.
 - `nc_nbdev.lab.recorder`: One callback for any fastai `Learner`: collapse of every tapped layer, on train and test, as training goes on.
 - `nc_nbdev.lab.runs`: A run is trained once: asking for it again reads it, and one that was cut off goes on where it stopped.
 - `nc_nbdev.lab.settings`: One dataclass says what a training run is, one file says at what scale the studies run.
 - `nc_nbdev.lab.taps`: Take the features of any layers of any network while it runs, and measure their collapse in one pass over the data.
 - `nc_nbdev.lab.training`: A configuration becomes data, a model and a fastai `Learner`.
+- `nc_nbdev.paper.cascade`: Layer by layer: the deeper, the more collapsed; the earlier layers follow, later and less.
+- `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn, and the train features collapse all the same.
+- `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: collapse as something one can turn with the mouse.
 - `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means; on test data they stop on the way.
 - `nc_nbdev.studies`: Every study, one command, one scoreboard.
 - `nc_nbdev.theory.deep_unconstrained`: More layers on top of free features: every layer collapses, the soft threshold becomes a jump, zero becomes a trap, and with ReLU collapse stops being unique and then optimal.
@@ -28,6 +32,7 @@ Modules:
 - `nc_nbdev.theory.minority_collapse`: When some classes have few samples their classifiers do not only lean towards each other: beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
 - `nc_nbdev.theory.normalised`: Put every feature and every classifier row on a sphere: no regulariser is left to tune, the minimiser is the simplex at every temperature, and gradient descent on the sphere finds it from every start.
 - `nc_nbdev.theory.perturbation`: Real features cannot go wherever the loss wants them: they are held near what the layers below deliver. A model with this one constraint says how much of the collapse is left.
+- `nc_nbdev.theory.transfer_bound`: If classes are small compared with their distance, a few examples suffice to tell them apart: a bound with its best constant. Whether classes *unseen* in training are small is another question, and on digits they are not.
 - `nc_nbdev.theory.unconstrained_ce`: If a network could place its features anywhere, weight decay and cross-entropy would place them on a simplex: the minimiser, its size and the way there, in closed form.
 - `nc_nbdev.theory.unconstrained_mse`: With squared error everything can be solved: which singular values survive weight decay, what the bias decides, and how collapse proceeds in time."""
 

@@ -1,12 +1,19 @@
 """What nbdev's processing of notebooks for the docs needs beside its own steps: `doc_procs` in pyproject.toml. Written by hand."""
 
+import hashlib
+import html
+import json
 import re
+from urllib.parse import quote
 
 from fastcore.nbio import mk_cell, read_nb
+from nbdev.config import get_config
 from nbdev.process import Processor
 from nbdev.processors import add_links
 
 NESTED = re.compile(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(([^)]*)\)")  # [[`name`](symbol link)](the author's link)
+PLOTLY = "application/vnd.plotly.v1+json"
+TRACES = {"cone", "isosurface", "mesh3d", "scatter", "scatter3d", "streamtube", "surface", "volume"}  # what vendor/plotly can draw
 
 
 class Prose(Processor):
@@ -25,3 +32,52 @@ class Prose(Processor):
             for out in cell.get("outputs", []):
                 if md := out.get("data", {}).get("text/markdown"):
                     out["data"]["text/markdown"] = "".join(md).replace("__main__.", "")
+
+
+def notebook_path(nb):
+    "The notebook's path in the repository, with forward slashes."
+    return nb.path_.resolve().relative_to(get_config().config_path.resolve()).as_posix()
+
+
+def run_links(path):
+    "Where to run the notebook at `path` of the repository without installing anything: its address at Colab and at Binder."
+    cfg = get_config()
+    repo, path = cfg.git_url.removeprefix("https://github.com/"), quote(path)
+    return {"Colab": f"https://colab.research.google.com/github/{repo}/blob/{cfg.branch}/{path}",
+            "Binder": f"https://mybinder.org/v2/gh/{repo}/{cfg.branch}?labpath={quote(path, safe='')}"}
+
+
+class RunLinks(Processor):
+    "Put links to Colab and Binder under the title of every page."
+
+    def begin(self):
+        links = " · ".join(f'<a href="{url}">{name}</a>' for name, url in run_links(notebook_path(self.nb)).items())
+        note = f"in Colab, start with <code>%pip install git+{get_config().git_url}</code>"
+        self.nb.cells.insert(1, mk_cell(f'<p class="run-links">Run this page: {links} <small>({note})</small></p>', "markdown"))
+
+
+def plotly_html(figure, name, script, alt):
+    "A plotly figure (its JSON as stored) as HTML: a box called `name`, and the script at the address `script` that fills it."
+    traces = {t.get("type", "scatter") for t in figure["data"]}
+    if traces - TRACES: raise ValueError(f"{sorted(traces - TRACES)}: the site's plotly draws {sorted(TRACES)} only; draw it with matplotlib")
+    data = json.dumps({k: figure[k] for k in ("data", "layout", "frames") if k in figure}, separators=(",", ":")).replace("</", "<\\/")
+    height = int(figure["layout"].get("height", 450))
+    return (f'<div class="plotly-figure" id="{name}" role="group" aria-label="{html.escape(alt)}" style="height:{height}px"></div>\n'
+            f'<script src="{script}"></script>\n<script>Plotly.newPlot("{name}", '
+            f'Object.assign({data}, {{config: {{responsive: true, displaylogo: false}}}}));</script>')
+
+
+class PlotlyFigures(Processor):
+    "Draw the plotly figures that a notebook stores as data with the script in nbs/vendor/plotly, which needs no network."
+
+    def begin(self):
+        path = notebook_path(self.nb)
+        depth = len(self.nb.path_.resolve().relative_to(get_config().nbs_path.resolve()).parts) - 1
+        for i, cell in enumerate(self.nb.cells):
+            for out in cell.get("outputs", []):
+                if not (figure := out.get("data", {}).pop(PLOTLY, None)): continue
+                alt = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, flags=re.M)
+                if not alt: raise ValueError(f"{path}, cell {i}: a plotly figure needs `#| fig-alt:`")
+                name = "plotly-" + hashlib.sha256(f"{path}{i}".encode()).hexdigest()[:8]
+                script = "../" * depth + "vendor/plotly/plotly-gl3d.min.js"
+                out["data"] = {"text/html": plotly_html(figure, name, script, alt[1].strip("\"' "))}

@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/studies.html.md"""
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'study_folder', 'environment', 'report_html', 'format_scoreboard', 'reproduce', 'main']
 
-# %% ../nbs/studies.ipynb #6d7d5470
+# %% ../nbs/studies.ipynb #76e60648
 import argparse
 import base64
 import hashlib
@@ -28,12 +28,14 @@ import pandas as pd
 from .lab.claims import format_number, load_claims, save_claims, scoreboard
 from .lab.settings import PRESETS, Settings, get_settings
 
-# %% ../nbs/studies.ipynb #5fb7ff65
+# %% ../nbs/studies.ipynb #05f9931e
 STUDIES = {   # name: module that exports run_<name>; in reading order
     "train_vs_test": "paper.train_vs_test",
+    "random_labels": "paper.random_labels",
+    "cascade": "paper.cascade",
 }
 
-# %% ../nbs/studies.ipynb #2daba70c
+# %% ../nbs/studies.ipynb #9ee9d6d9
 def study_names(
     names=None,  # names of studies or rooms, default all
 ) -> list[str]:  # names of studies, in reading order
@@ -44,7 +46,7 @@ def study_names(
         raise ValueError(f"unknown study {unknown}: expected one of {', '.join(STUDIES)}, or a room: {', '.join(sorted(rooms))}")
     return [n for n, module in STUDIES.items() if n in names or module.split(".")[0] in names]
 
-# %% ../nbs/studies.ipynb #9e1ca30a
+# %% ../nbs/studies.ipynb #50ae1981
 def _key(settings):
     "A hash of the settings that matter and of the package's source."
     digest = hashlib.sha256(repr((settings.preset, settings.seeds, settings.grid)).encode())
@@ -69,7 +71,7 @@ def _compute(name, settings, folder, progress):
     (draft / "title.txt").write_text(result.title)
     draft.rename(folder)
 
-# %% ../nbs/studies.ipynb #2b5b86e2
+# %% ../nbs/studies.ipynb #91d220a4
 def study_folder(
     name: str,                # of `STUDIES`
     settings: Settings,       # scale, seeds, folders
@@ -83,7 +85,7 @@ def study_folder(
         _compute(name, settings, folder, progress)
     return folder
 
-# %% ../nbs/studies.ipynb #9aacb07b
+# %% ../nbs/studies.ipynb #ffd61899
 _css = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;width:100%;font-size:.9rem}th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid #ddd}
 img{max-width:100%}.holds{color:#00714f}.fails{color:#a33f00}.other{color:#666}small{color:#666}"""
@@ -95,13 +97,13 @@ def environment() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return {"date": date.today().isoformat(), "device": device, "python": platform.python_version(), **packages}
 
-# %% ../nbs/studies.ipynb #0153a066
+# %% ../nbs/studies.ipynb #f3f33c73
 def _board(claims):
     "The scoreboard as HTML, verdicts coloured."
     table = scoreboard(claims).reset_index()
     colour = {"holds": "holds", "fails": "fails"}
     table["verdict"] = [f'<b class="{colour.get(v, "other")}">{v}</b>' for v in table.verdict]
-    return table.to_html(index=False, escape=False, border=0)
+    with pd.option_context("display.max_colwidth", None): return table.to_html(index=False, escape=False, border=0)
 
 
 def report_html(
@@ -119,7 +121,7 @@ def report_html(
                   for p in pictures]
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nc_nbdev report</title><style>{_css}</style>{"".join(parts)}</html>'
 
-# %% ../nbs/studies.ipynb #12d079a0
+# %% ../nbs/studies.ipynb #d0728fc5
 def format_scoreboard(
     claims,  # iterable of `Claim`
 ) -> str:    # lines for a terminal
@@ -132,7 +134,7 @@ def format_scoreboard(
     held = sum(c.verdict == "holds" for c in claims)
     return "\n".join([*lines, "", f"{held} of {len(claims)} claims hold"])
 
-# %% ../nbs/studies.ipynb #42cf8d5b
+# %% ../nbs/studies.ipynb #3044eeaa
 def reproduce(
     preset: str | None = None,    # "quick", "laptop" or "paper", default that of settings.ini
     seeds: int | None = None,     # number of seeds, default that of settings.ini
@@ -148,7 +150,7 @@ def reproduce(
         found.append(study_folder(name, settings, progress))
     return _write_report(found, settings, Path(out))
 
-# %% ../nbs/studies.ipynb #9103b86c
+# %% ../nbs/studies.ipynb #24b6706f
 def _write_report(found, settings, out):
     "Gather the results in the folders `found` into `out`; all claims."
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,7 @@ def _write_report(found, settings, out):
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
     return claims
 
-# %% ../nbs/studies.ipynb #73b2bfa4
+# %% ../nbs/studies.ipynb #1dfac3a9
 def main(argv=None):
     "The command `nc-reproduce`."
     parser = argparse.ArgumentParser("nc-reproduce", description="Run the studies and print the scoreboard.")
