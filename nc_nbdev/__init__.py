@@ -25,11 +25,13 @@ Modules:
 - `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn, and the train features collapse all the same.
 - `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: collapse as something one can turn with the mouse.
 - `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means; on test data they stop on the way.
+- `nc_nbdev.rooms`: The rooms, their modules, and who imports whom, drawn from the source.
 - `nc_nbdev.studies`: Every study, one command, one scoreboard.
 - `nc_nbdev.theory.deep_unconstrained`: More layers on top of free features: every layer collapses, the soft threshold becomes a jump, zero becomes a trap, and with ReLU collapse stops being unique and then optimal.
 - `nc_nbdev.theory.local_elasticity`: If a step on one sample moves its own class more than the others, classes separate and collapse; if not, they never do, however long one trains. The condition is one inequality, and both its sides can be measured in a network.
 - `nc_nbdev.theory.many_classes`: When no simplex fits, collapse maximises another quantity, the one-vs-rest margin. Its largest value is known up to twice as many classes as dimensions, and cross-entropy reaches it as the temperature goes to zero.
 - `nc_nbdev.theory.minority_collapse`: When some classes have few samples their classifiers do not only lean towards each other: beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
+- `nc_nbdev.theory.modelling_principles`: Why does collapse happen? Nine answers, what each assumes, what each predicts of NC1 to NC4, and the one thing that none of them predicts: what happens on fresh data.
 - `nc_nbdev.theory.normalised`: Put every feature and every classifier row on a sphere: no regulariser is left to tune, the minimiser is the simplex at every temperature, and gradient descent on the sphere finds it from every start.
 - `nc_nbdev.theory.perturbation`: Real features cannot go wherever the loss wants them: they are held near what the layers below deliver. A model with this one constraint says how much of the collapse is left.
 - `nc_nbdev.theory.transfer_bound`: If classes are small compared with their distance, a few examples suffice to tell them apart: a bound with its best constant. Whether classes *unseen* in training are small is another question, and on digits they are not.

@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/runs.html.md"""
 # %% auto #0
 __all__ = ['snapshot_epochs', 'Run', 'atomic', 'Checkpoint', 'one_thread', 'get_runs', 'get_run', 'list_runs']
 
-# %% ../../nbs/lab/60_runs.ipynb #b72cd30f
+# %% ../../nbs/lab/60_runs.ipynb #eb0b96d3
 import json
 import os
 import time
@@ -22,13 +22,14 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastprogress.fastprogress import progress_bar
+from .data import load_dataset, loaders
 from .models import build_model, tap_layers
 from .recorder import CollapseRecorder
 from .settings import RunConfig, Settings, config_id, get_settings, log_epochs, pick_device
 from .taps import layer_features
 from .training import make_learner, prepare_data, train
 
-# %% ../../nbs/lab/60_runs.ipynb #9e1099fe
+# %% ../../nbs/lab/60_runs.ipynb #a52f1c2a
 def snapshot_epochs(
     config: RunConfig,  # its `snapshots` says how many
 ) -> tuple[int, ...]:   # some of the measured epochs, first and last included
@@ -37,7 +38,7 @@ def snapshot_epochs(
     if n == 0: return ()
     return tuple(sorted({epochs[round(i * (len(epochs) - 1) / max(n - 1, 1))] for i in range(n)} | {epochs[-1]}))
 
-# %% ../../nbs/lab/60_runs.ipynb #ace84081
+# %% ../../nbs/lab/60_runs.ipynb #e19d4b17
 @dataclass(frozen=True)
 class Run:
     "A finished training run on disk."
@@ -71,7 +72,7 @@ class Run:
         learn_dls = _measuring_loaders(self.config, self.data, device)
         return layer_features(model, learn_dls[split], layers or tap_layers(model)[-1:])
 
-# %% ../../nbs/lab/60_runs.ipynb #f7e09fb5
+# %% ../../nbs/lab/60_runs.ipynb #54d1a62e
 def _build(config, data):
     "The untrained model of a run."
     return build_model(config.model, data.num_classes, in_channels=data.image_shape[0], width=config.width, image_size=data.image_shape[1])
@@ -79,10 +80,9 @@ def _build(config, data):
 
 def _measuring_loaders(config, data, device):
     "Loaders that neither shuffle nor augment, by split."
-    from nc_nbdev.lab.data import loaders
     return dict(zip(("train", "test"), loaders(data, config.batch_size, device=device)[1:], strict=True))
 
-# %% ../../nbs/lab/60_runs.ipynb #d30b9171
+# %% ../../nbs/lab/60_runs.ipynb #e086da4e
 @contextmanager
 def atomic(
     path: Path,  # the file to write
@@ -94,7 +94,7 @@ def atomic(
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../../nbs/lab/60_runs.ipynb #340a7acb
+# %% ../../nbs/lab/60_runs.ipynb #60b0f06f
 class Checkpoint(Callback):
     "Keep weights at the snapshot epochs, and all that is needed to go on every `seconds` seconds."
     order = 65   # after CollapseRecorder has measured the epoch
@@ -116,7 +116,7 @@ class Checkpoint(Callback):
         if epoch in self.keep and not file.exists():
             with atomic(file) as draft: torch.save(self.model.state_dict(), draft)
 
-# %% ../../nbs/lab/60_runs.ipynb #af95a2ac
+# %% ../../nbs/lab/60_runs.ipynb #bed3955f
 @contextmanager
 def one_thread():
     "PyTorch on one CPU thread: the same bits on every machine, and cores left for other runs."
@@ -125,7 +125,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../../nbs/lab/60_runs.ipynb #db5f5b87
+# %% ../../nbs/lab/60_runs.ipynb #10e7ce52
 class _Bar(Callback):
     "A progress bar over epochs that shows the current NC1."
     order = 66
@@ -135,7 +135,7 @@ class _Bar(Callback):
         self.bar.comment = f"seed {self.learn.collapse_recorder.seed}, {self.learn.collapse_recorder.status}"
         self.bar.update(self.epoch + 1)
 
-# %% ../../nbs/lab/60_runs.ipynb #ef16a3b0
+# %% ../../nbs/lab/60_runs.ipynb #a24495df
 def _train_run(config, folder, data_dir, device, bar, seconds=30.0):
     "Train, or finish training, one run into `folder`."
     data = prepare_data(config, data_dir)
@@ -151,7 +151,7 @@ def _train_run(config, folder, data_dir, device, bar, seconds=30.0):
     with atomic(folder / "history.parquet") as draft: recorder.history.to_parquet(draft, index=False)
     return recorder.status
 
-# %% ../../nbs/lab/60_runs.ipynb #e6a75aec
+# %% ../../nbs/lab/60_runs.ipynb #de9d0bb7
 def _resume(file, learn, recorder):
     "Put a checkpoint back into learner and recorder; the number of epochs it had done."
     if not file.exists(): return 0
@@ -171,7 +171,7 @@ def _seen_loader(train_dl, size, seed):
     seen.images, seen.labels = train_dl.images[chosen], train_dl.labels[chosen]
     return seen
 
-# %% ../../nbs/lab/60_runs.ipynb #23bc4608
+# %% ../../nbs/lab/60_runs.ipynb #ca2045b0
 def get_runs(
     configs,                          # iterable of `RunConfig`
     settings: Settings | None = None,  # folders and device, default those of `settings.ini`
@@ -183,6 +183,7 @@ def get_runs(
     device = pick_device(settings.device)
     runs = [Run(c, Path(settings.runs_dir) / config_id(c), Path(settings.data_dir)) for c in configs]
     todo = list({r.folder: r for r in runs if not (r.folder / "history.parquet").exists()}.values())
+    for name in {r.config.dataset for r in todo}: load_dataset(name, settings.data_dir)   # download once, and fail before any training
     n_jobs = min(len(todo), n_jobs or (os.cpu_count() if device.type == "cpu" else 1))
     if n_jobs <= 1:
         for r in todo: _train_run(r.config, r.folder, r.data_dir, device, progress)
@@ -198,7 +199,7 @@ def get_run(
     "One finished run: read from disk, resumed, or trained."
     return get_runs([config], settings, progress)[0]
 
-# %% ../../nbs/lab/60_runs.ipynb #69a0991b
+# %% ../../nbs/lab/60_runs.ipynb #fb15ce2d
 def _train_together(todo, device, progress, n_jobs):
     "Train several runs in worker processes, a bar counting the finished ones."
     from joblib import Parallel, delayed
@@ -208,7 +209,7 @@ def _train_together(todo, device, progress, n_jobs):
     for status in bar:
         if progress: bar.comment = f"runs; last: {status}"
 
-# %% ../../nbs/lab/60_runs.ipynb #70e1e275
+# %% ../../nbs/lab/60_runs.ipynb #ab559de5
 def list_runs(
     runs_dir=None,  # folder of runs, default that of `settings.ini`
 ) -> pd.DataFrame:  # indexed by run: the configuration, and whether it is finished

@@ -9,13 +9,13 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/settings.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'RunConfig', 'config_id', 'log_epochs', 'Preset', 'Settings', 'get_settings', 'pick_device']
 
-# %% ../../nbs/lab/00_settings.ipynb #637235c3
+# %% ../../nbs/lab/00_settings.ipynb #46415ae2
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# %% ../../nbs/lab/00_settings.ipynb #ab99ccb6
+# %% ../../nbs/lab/00_settings.ipynb #843f5aac
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that determines a training run; two runs with equal configurations have equal numbers."
@@ -42,7 +42,7 @@ class RunConfig:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/lab/00_settings.ipynb #7758769f
+# %% ../../nbs/lab/00_settings.ipynb #701210a6
 _choices = dict(loss=("cross_entropy", "mse"), schedule=("step", "cosine", "constant"), augment=(None, "crop_flip"))
 _at_least = dict(epochs=1, batch_size=2, lr=0, momentum=0, weight_decay=0, imbalance=1, label_noise=0, measure_points=2, snapshots=0)
 
@@ -58,7 +58,7 @@ def _check_config(config):
     if any(not 0 < m < 1 for m in config.milestones) or list(config.milestones) != sorted(config.milestones):
         raise ValueError(f"milestones={config.milestones}: expected increasing fractions of training between 0 and 1")
 
-# %% ../../nbs/lab/00_settings.ipynb #02ee5c8a
+# %% ../../nbs/lab/00_settings.ipynb #618eb02a
 def config_id(
     config: RunConfig,  # the configuration
 ) -> str:               # 16 hexadecimal digits, equal for equal configurations on every machine
@@ -66,7 +66,7 @@ def config_id(
     text = json.dumps(asdict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/lab/00_settings.ipynb #18332b35
+# %% ../../nbs/lab/00_settings.ipynb #e8e5ad0c
 def log_epochs(
     epochs: int,   # length of training
     points: int,   # how many epochs to choose at most
@@ -75,7 +75,7 @@ def log_epochs(
     steps = [round(epochs ** (i / (points - 2))) for i in range(points - 1)] if points > 2 else [epochs]
     return tuple(sorted({0, *steps}))
 
-# %% ../../nbs/lab/00_settings.ipynb #874598a6
+# %% ../../nbs/lab/00_settings.ipynb #4fa8b33d
 @dataclass(frozen=True)
 class Preset:
     "A scale: the training runs that the studies start from."
@@ -83,17 +83,18 @@ class Preset:
     grid: tuple[RunConfig, ...]   # one configuration a data set x architecture, the main one first
     note: str                     # what it costs
 
-# %% ../../nbs/lab/00_settings.ipynb #f01d9960
-_small = RunConfig(width=16, lr=0.05, weight_decay=5e-3, epochs=60, train_per_class=500, test_per_class=200)
+# %% ../../nbs/lab/00_settings.ipynb #fdd6dff4
+_small = RunConfig(epochs=120, train_per_class=200, test_per_class=100)
 _paper = RunConfig(width=None, epochs=350, lr=0.1, weight_decay=5e-4, schedule="step", measure_points=30)
 PRESETS = {p.name: p for p in (
-    Preset("quick", (RunConfig(),), "minutes on two cores"),
-    Preset("laptop", tuple(replace(_small, dataset=d) for d in ("mnist", "fashion_mnist", "cifar10")), "hours on two cores"),
+    Preset("quick", (RunConfig(), RunConfig(loss="mse")), "minutes on two cores"),
+    Preset("laptop", tuple(replace(_small, dataset=d, width=w) for d, w in (("mnist", 16), ("cifar10", 32), ("fashion_mnist", 16))),
+           "hours on two cores"),
     Preset("paper", tuple(replace(_paper, dataset=d, model=m) for m in ("resnet18", "densenet121", "vgg16_bn")
                           for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")), "hours a run on one GPU"),
 )}
 
-# %% ../../nbs/lab/00_settings.ipynb #d6fc41f1
+# %% ../../nbs/lab/00_settings.ipynb #8da1d699
 @dataclass(frozen=True)
 class Settings:
     "What `settings.ini` says: scale, seeds, device and folders."
@@ -113,14 +114,14 @@ class Settings:
     @property
     def grid(self) -> tuple[RunConfig, ...]:
         "The preset's configurations with the overrides applied."
-        return tuple(replace(c, **self.overrides) for c in PRESETS[self.preset].grid)
+        return tuple(dict.fromkeys(replace(c, **self.overrides) for c in PRESETS[self.preset].grid))
 
     @property
     def base(self) -> RunConfig:
         "The preset's main configuration."
         return self.grid[0]
 
-# %% ../../nbs/lab/00_settings.ipynb #0deed496
+# %% ../../nbs/lab/00_settings.ipynb #3abe06b0
 def _parse_override(name, text):
     "The value of field `name` of `RunConfig` that `text` in settings.ini means."
     kind = {f.name: f.type for f in fields(RunConfig)}[name]
@@ -132,7 +133,7 @@ def _parse_override(name, text):
     except ValueError:
         raise ValueError(f"settings.ini: {name} = {text!r} is not of type {kind}") from None
 
-# %% ../../nbs/lab/00_settings.ipynb #11eefd5e
+# %% ../../nbs/lab/00_settings.ipynb #46632ea1
 def get_settings(
     folder: str | Path | None = None,  # where to start looking upward for settings.ini, default the working directory
     **changes,  # fields of `Settings` that replace what the file says
@@ -150,7 +151,7 @@ def get_settings(
     if "seeds" in values: values["seeds"] = int(values["seeds"])
     return Settings(**{**values, "overrides": overrides, **changes})
 
-# %% ../../nbs/lab/00_settings.ipynb #e4be2a34
+# %% ../../nbs/lab/00_settings.ipynb #3f86dbcf
 def pick_device(
     name: str = "auto",  # as in `Settings.device`
 ):                       # a torch.device

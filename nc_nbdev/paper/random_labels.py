@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/paper/random_labels.html.md"""
 # %% auto #0
 __all__ = ['BARS', 'VARIANTS', 'label_runs', 'plot_labels', 'claims_random_labels', 'run_random_labels']
 
-# %% ../../nbs/paper/10_random_labels.ipynb #27c3897c
+# %% ../../nbs/paper/10_random_labels.ipynb #3e9daae4
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -21,11 +21,11 @@ from ..lab.runs import get_runs
 from ..lab.settings import Settings, get_settings
 from ..lab.training import prepare_data
 
-# %% ../../nbs/paper/10_random_labels.ipynb #0fcaff28
+# %% ../../nbs/paper/10_random_labels.ipynb #4e3583d9
 BARS = {"4a": 0.05, "4b": 2.0, "4c": 2.0}
 VARIANTS = {"true labels": {}, "half random": dict(label_noise=0.5), "random labels": dict(label_noise=1.0), "no weight decay": dict(weight_decay=0.0)}
 
-# %% ../../nbs/paper/10_random_labels.ipynb #5d64d182
+# %% ../../nbs/paper/10_random_labels.ipynb #191a9ad4
 def label_runs(
     settings: Settings,    # its main configuration and number of seeds
     progress: bool = True,
@@ -35,7 +35,7 @@ def label_runs(
     runs = iter(get_runs(configs, settings, progress))
     return {name: pd.concat(next(runs).history for _ in range(settings.seeds)) for name in VARIANTS}
 
-# %% ../../nbs/paper/10_random_labels.ipynb #7128ecd8
+# %% ../../nbs/paper/10_random_labels.ipynb #4808ce45
 def plot_labels(
     histories: dict,   # as `label_runs` returns
 ):                     # a Figure
@@ -49,7 +49,7 @@ def plot_labels(
     left.legend()
     return fig
 
-# %% ../../nbs/paper/10_random_labels.ipynb #e489b35d
+# %% ../../nbs/paper/10_random_labels.ipynb #5c7480c1
 def _before_tpt(history):
     "Train variance of each seed at the last measured epoch before its terminal phase; NaN without one."
     table, start = curves(history, "train_variance", "train"), tpt_start(history)
@@ -77,7 +77,7 @@ def claims_random_labels(
               quantity="train_variance at T without weight decay / with", interval="log-t", values=final[free] / final[true],
               control="another seed, both with weight decay", control_values=np.roll(final[true], -1) / final[true], **common)]
 
-# %% ../../nbs/paper/10_random_labels.ipynb #7d8eac03
+# %% ../../nbs/paper/10_random_labels.ipynb #98fb3d91
 def run_random_labels(
     settings: Settings | None = None,  # default those of settings.ini
     progress: bool = True,             # show a bar while training
