@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/studies.html.md"""
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'study_folder', 'environment', 'report_html', 'format_scoreboard', 'reproduce', 'main']
 
-# %% ../nbs/studies.ipynb #3e38b0b3
+# %% ../nbs/studies.ipynb #6abbbe15
 import argparse
 import base64
 import hashlib
@@ -28,7 +28,7 @@ import pandas as pd
 from .lab.claims import format_number, load_claims, save_claims, scoreboard
 from .lab.settings import PRESETS, Settings, get_settings
 
-# %% ../nbs/studies.ipynb #fc7fa9c7
+# %% ../nbs/studies.ipynb #b69515bb
 STUDIES = {   # name: module that exports run_<name>; in reading order
     "train_vs_test": "paper.train_vs_test",
     "random_labels": "paper.random_labels",
@@ -44,7 +44,7 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "transfer_bound": "theory.transfer_bound",
 }
 
-# %% ../nbs/studies.ipynb #130a7e86
+# %% ../nbs/studies.ipynb #da0178c8
 def study_names(
     names=None,  # names of studies or rooms, default all
 ) -> list[str]:  # names of studies, in reading order
@@ -55,7 +55,7 @@ def study_names(
         raise ValueError(f"unknown study {unknown}: expected one of {', '.join(STUDIES)}, or a room: {', '.join(sorted(rooms))}")
     return [n for n, module in STUDIES.items() if n in names or module.split(".")[0] in names]
 
-# %% ../nbs/studies.ipynb #3d67231c
+# %% ../nbs/studies.ipynb #e976b964
 def _key(settings):
     "A hash of the settings that matter and of the package's source."
     digest = hashlib.sha256(repr((settings.preset, settings.seeds, settings.grid)).encode())
@@ -80,7 +80,7 @@ def _compute(name, settings, folder, progress):
     (draft / "title.txt").write_text(result.title)
     draft.rename(folder)
 
-# %% ../nbs/studies.ipynb #30d84905
+# %% ../nbs/studies.ipynb #5fcc1202
 def study_folder(
     name: str,                # of `STUDIES`
     settings: Settings,       # scale, seeds, folders
@@ -94,7 +94,7 @@ def study_folder(
         _compute(name, settings, folder, progress)
     return folder
 
-# %% ../nbs/studies.ipynb #27e5f08c
+# %% ../nbs/studies.ipynb #9e162be9
 _css = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;width:100%;font-size:.9rem}th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid #ddd}
 img{max-width:100%}.holds{color:#00714f}.fails{color:#a33f00}.other{color:#666}small{color:#666}"""
@@ -106,7 +106,7 @@ def environment() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return {"date": date.today().isoformat(), "device": device, "python": platform.python_version(), **packages}
 
-# %% ../nbs/studies.ipynb #186f84c2
+# %% ../nbs/studies.ipynb #04e60d34
 def _board(claims):
     "The scoreboard as HTML, verdicts coloured."
     table = scoreboard(claims).reset_index()
@@ -124,13 +124,13 @@ def report_html(
     held, seen = sum(c.verdict == "holds" for c in claims), ", ".join(f"{k} {v}" for k, v in environment().items())
     parts = [f"<h1>Neural collapse: the scoreboard</h1><p>Preset <b>{settings.preset}</b>, {settings.seeds} seeds. "
              f"{held} of {len(claims)} claims hold.<br><small>{html.escape(seen)}</small></p>", _board(claims)]
-    for title, found, pictures in studies:
+    for title, _, pictures in studies:
         parts.append(f"<h2>{html.escape(title)}</h2>")
         parts += [f'<p><img alt="{html.escape(p.stem.replace("_", " "))}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></p>'
                   for p in pictures]
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nc_nbdev report</title><style>{_css}</style>{"".join(parts)}</html>'
 
-# %% ../nbs/studies.ipynb #b386dafc
+# %% ../nbs/studies.ipynb #013c6d79
 def format_scoreboard(
     claims,  # iterable of `Claim`
 ) -> str:    # lines for a terminal
@@ -143,7 +143,7 @@ def format_scoreboard(
     held = sum(c.verdict == "holds" for c in claims)
     return "\n".join([*lines, "", f"{held} of {len(claims)} claims hold"])
 
-# %% ../nbs/studies.ipynb #50634db5
+# %% ../nbs/studies.ipynb #c64faab8
 def reproduce(
     preset: str | None = None,    # "quick", "laptop" or "paper", default that of settings.ini
     seeds: int | None = None,     # number of seeds, default that of settings.ini
@@ -159,7 +159,7 @@ def reproduce(
         found.append(study_folder(name, settings, progress))
     return _write_report(found, settings, Path(out))
 
-# %% ../nbs/studies.ipynb #a729d9fd
+# %% ../nbs/studies.ipynb #3a54b3b7
 def _write_report(found, settings, out):
     "Gather the results in the folders `found` into `out`; all claims."
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _write_report(found, settings, out):
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
     return claims
 
-# %% ../nbs/studies.ipynb #f7393c96
+# %% ../nbs/studies.ipynb #3f707433
 def main(argv=None):
     "The command `nc-reproduce`."
     parser = argparse.ArgumentParser("nc-reproduce", description="Run the studies and print the scoreboard.")

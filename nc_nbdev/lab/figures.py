@@ -9,14 +9,14 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/figures.html.md"""
 # %% auto #0
 __all__ = ['curves', 'tpt_start', 'epoch_axis', 'plot_measure', 'shade_tpt', 'to_png']
 
-# %% ../../nbs/lab/80_figures.ipynb #45e481dd
+# %% ../../nbs/lab/80_figures.ipynb #e923b641
 import io
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/lab/80_figures.ipynb #356d4a24
+# %% ../../nbs/lab/80_figures.ipynb #ba070c96
 def curves(
     history: pd.DataFrame,      # tidy
     measure: str,               # which measure
@@ -34,7 +34,7 @@ def curves(
     if rows.split.nunique() > 1: raise ValueError(f"{measure!r} was measured on {sorted(rows.split.unique())}: say which split")
     return rows.pivot(index="epoch", columns="seed", values="value")
 
-# %% ../../nbs/lab/80_figures.ipynb #6b7cfc34
+# %% ../../nbs/lab/80_figures.ipynb #d715003d
 def tpt_start(
     history: pd.DataFrame,     # tidy, with the train accuracy
     accuracy: float = 0.999,   # the terminal phase starts when train accuracy first reaches this
@@ -43,7 +43,7 @@ def tpt_start(
     reached = curves(history, "accuracy", "train") >= accuracy
     return reached.idxmax().where(reached.any()).astype(float)
 
-# %% ../../nbs/lab/80_figures.ipynb #08af3dfe
+# %% ../../nbs/lab/80_figures.ipynb #0ab86b57
 def epoch_axis(
     ax,                   # matplotlib Axes
     last: float | None = None,   # last epoch
@@ -56,7 +56,7 @@ def epoch_axis(
     ax.set_xlim(0, last)
     ax.set_xlabel("epoch")
 
-# %% ../../nbs/lab/80_figures.ipynb #f5492bf1
+# %% ../../nbs/lab/80_figures.ipynb #6553eb4f
 def plot_measure(
     history: pd.DataFrame,      # tidy
     measure: str,               # which measure
@@ -75,7 +75,7 @@ def plot_measure(
     if log: ax.set_yscale("log")
     return line
 
-# %% ../../nbs/lab/80_figures.ipynb #d5400eca
+# %% ../../nbs/lab/80_figures.ipynb #7de7188d
 def shade_tpt(
     ax,                      # matplotlib Axes
     history: pd.DataFrame,   # tidy
@@ -84,7 +84,7 @@ def shade_tpt(
     start = tpt_start(history).max()
     if np.isfinite(start): ax.axvspan(start, history.epoch.max(), color="0.5", alpha=0.15, linewidth=0, zorder=0)
 
-# %% ../../nbs/lab/80_figures.ipynb #0722089d
+# %% ../../nbs/lab/80_figures.ipynb #a0629515
 def to_png(
     fig,   # matplotlib Figure
 ) -> bytes:

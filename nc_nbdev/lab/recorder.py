@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/recorder.html.md"""
 # %% auto #0
 __all__ = ['clean_loader', 'undisturbed', 'CollapseRecorder']
 
-# %% ../../nbs/lab/50_recorder.ipynb #0bbc2692
+# %% ../../nbs/lab/50_recorder.ipynb #c2bf3ae8
 import random
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -24,7 +24,7 @@ from .figures import epoch_axis, plot_measure
 from .settings import log_epochs
 from .taps import measure
 
-# %% ../../nbs/lab/50_recorder.ipynb #dd5b7836
+# %% ../../nbs/lab/50_recorder.ipynb #4a61c71c
 def clean_loader(
     dl,  # a training loader: fastai's, `TensorLoader`, or any iterable of batches
 ):       # the same samples, in order where that can be asked for, none dropped
@@ -41,7 +41,7 @@ def _as_validation(dl):
     dataset = getattr(dl, "dataset", None)
     return dataset.set_split_idx(1) if hasattr(dataset, "set_split_idx") else nullcontext()
 
-# %% ../../nbs/lab/50_recorder.ipynb #bab0c315
+# %% ../../nbs/lab/50_recorder.ipynb #2cdfc23f
 @contextmanager
 def undisturbed():
     "Put the generators of Python, NumPy and PyTorch back as they were."
@@ -50,7 +50,7 @@ def undisturbed():
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())): yield
     finally: random.setstate(python); np.random.set_state(numpy)
 
-# %% ../../nbs/lab/50_recorder.ipynb #716659d1
+# %% ../../nbs/lab/50_recorder.ipynb #69abc9b8
 class CollapseRecorder(Callback):
     "Measure neural collapse during training; `history` has one row a number. Raises `ValueError` for unknown layers or epochs."
     order = 60   # after fastai's own Recorder
@@ -71,10 +71,10 @@ class CollapseRecorder(Callback):
         self.train_loader, self.test_loaders, self.num_classes = train_dl, test_dl, num_classes
         self.run_name, self.seed, self.rows, self.status, self.done = run, seed, [], "", 0
 
-# %% ../../nbs/lab/50_recorder.ipynb #14ca185f
+# %% ../../nbs/lab/50_recorder.ipynb #ea839ba4
 from fastcore.basics import patch
 
-# %% ../../nbs/lab/50_recorder.ipynb #4ff83532
+# %% ../../nbs/lab/50_recorder.ipynb #22cc8626
 @patch
 def before_fit(self: CollapseRecorder):
     self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
@@ -97,7 +97,7 @@ def _due(self: CollapseRecorder, epoch):
     if epoch in (0, self._earlier + self.n_epoch): return True
     return epoch in log_epochs(self.n_epoch, 24) if self.every == "log" else epoch % self.every == 0
 
-# %% ../../nbs/lab/50_recorder.ipynb #eae5c42f
+# %% ../../nbs/lab/50_recorder.ipynb #19bd61af
 @patch
 def _measure(self: CollapseRecorder, epoch):
     "Measure and keep the rows, if this epoch is due."
@@ -111,7 +111,7 @@ def _measure(self: CollapseRecorder, epoch):
     bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
     if bar is not None: bar.main_bar.comment = self.status
 
-# %% ../../nbs/lab/50_recorder.ipynb #76d90d3d
+# %% ../../nbs/lab/50_recorder.ipynb #cd8c8a74
 @patch(as_prop=True)
 def history(self: CollapseRecorder) -> pd.DataFrame:
     "What was measured: run, seed, epoch, split, layer, measure, value."

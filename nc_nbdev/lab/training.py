@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/training.html.md"""
 # %% auto #0
 __all__ = ['prepare_data', 'mse_one_hot', 'learning_rate', 'set_seed', 'SeedEachEpoch', 'make_learner', 'train']
 
-# %% ../../nbs/lab/40_training.ipynb #28867d1b
+# %% ../../nbs/lab/40_training.ipynb #ee366937
 import math
 import random
 from functools import partial
@@ -26,7 +26,7 @@ from .data import ImageData, load_dataset, loaders
 from .models import build_model
 from .settings import RunConfig, get_settings
 
-# %% ../../nbs/lab/40_training.ipynb #bcc7741f
+# %% ../../nbs/lab/40_training.ipynb #bf3323a8
 def prepare_data(
     config: RunConfig,       # what to train on
     data_dir=None,           # where data sets are, default that of `settings.ini`
@@ -40,7 +40,7 @@ def prepare_data(
     if config.label_noise: data = data.with_label_noise(config.label_noise, seed=config.seed)
     return data
 
-# %% ../../nbs/lab/40_training.ipynb #2f89bd10
+# %% ../../nbs/lab/40_training.ipynb #6cedd911
 def mse_one_hot(
     z: torch.Tensor,  # logits, (B, K)
     y: torch.Tensor,  # labels, (B,) int64
@@ -48,7 +48,7 @@ def mse_one_hot(
     "Half the squared distance of the logits to the one-hot label, averaged over the batch (Han et al. 2106.02073)."
     return 0.5 * (z - F.one_hot(y, z.shape[1])).square().sum(dim=1).mean()
 
-# %% ../../nbs/lab/40_training.ipynb #35510482
+# %% ../../nbs/lab/40_training.ipynb #2d0fbdcc
 def learning_rate(
     config: RunConfig,  # its `lr`, `schedule` and `milestones`
     done: float,        # fraction of training done, 0 to 1
@@ -58,7 +58,7 @@ def learning_rate(
     if config.schedule == "cosine": return config.lr * 0.5 * (1 + math.cos(math.pi * done))
     return config.lr
 
-# %% ../../nbs/lab/40_training.ipynb #72d000e3
+# %% ../../nbs/lab/40_training.ipynb #1e730bf2
 def set_seed(
     *key: int,  # integers that name the moment: seed, epoch, ...
 ):
@@ -66,7 +66,7 @@ def set_seed(
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../../nbs/lab/40_training.ipynb #46f33bd8
+# %% ../../nbs/lab/40_training.ipynb #d4db3b50
 class SeedEachEpoch(Callback):
     "Seed every epoch by (seed, epoch), and skip fastai's validation: test data is measured by `CollapseRecorder`."
     order = -20
@@ -76,7 +76,7 @@ class SeedEachEpoch(Callback):
         self.dls.train.set_epoch(self.epoch)
     def before_validate(self): raise CancelValidException()
 
-# %% ../../nbs/lab/40_training.ipynb #df172eb5
+# %% ../../nbs/lab/40_training.ipynb #f440d919
 def make_learner(
     config: RunConfig,   # the recipe
     data: ImageData,     # from `prepare_data`
@@ -93,7 +93,7 @@ def make_learner(
     learn.clean_train_dl, learn.test_dl = clean_train_dl, test_dl
     return learn
 
-# %% ../../nbs/lab/40_training.ipynb #1b959be6
+# %% ../../nbs/lab/40_training.ipynb #d5753b26
 def train(
     learn: Learner,      # from `make_learner`
     config: RunConfig,   # the recipe

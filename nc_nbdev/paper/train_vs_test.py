@@ -10,7 +10,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/paper/train_vs_test.html.md"""
 __all__ = ['BARS', 'KINDS', 'pair_name', 'study_runs', 'plot_train_vs_test', 'plot_grid', 'decades', 'claims_train_vs_test',
            'run_train_vs_test']
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #b5050139
+# %% ../../nbs/paper/00_train_vs_test.ipynb #dd9d4a27
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -21,10 +21,10 @@ from ..lab.figures import curves, epoch_axis, plot_measure, shade_tpt, tpt_start
 from ..lab.runs import get_runs
 from ..lab.settings import Settings, get_settings
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #ad3776ca
+# %% ../../nbs/paper/00_train_vs_test.ipynb #92475455
 BARS = {"1a": 0.05, "1b": 10.0, "2a": 2.0, "2b": 0.75, "3a": 2.0, "3b": 0.75}
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #39deb92b
+# %% ../../nbs/paper/00_train_vs_test.ipynb #4bf45ed7
 def pair_name(config) -> str:
     "What distinguishes a run of the grid: data set, architecture, loss."
     return f"{config.dataset}, {config.model}, {'squared error' if config.loss == 'mse' else 'cross-entropy'}"
@@ -39,7 +39,7 @@ def study_runs(
     runs = iter(get_runs(configs, settings, progress))
     return {pair_name(c): [next(runs) for _ in range(settings.seeds)] for c in settings.grid}
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #3b0ced4e
+# %% ../../nbs/paper/00_train_vs_test.ipynb #a0c6fc8c
 KINDS = {"train": ("train_variance", "train", "C0", "-"), "test": ("test_variance", "test", "C1", "-"),
          "strong": ("strong_test_variance", "test", "C3", "--"), "weak": ("weak_test_variance", "test", "C2", "-.")}
 
@@ -59,7 +59,7 @@ def plot_train_vs_test(
     top.legend(ncols=2); below.legend(loc="lower right")
     return fig
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #5941d125
+# %% ../../nbs/paper/00_train_vs_test.ipynb #fc65e089
 def plot_grid(
     histories: dict,   # name of a pair -> its history
 ):                     # a Figure
@@ -77,7 +77,7 @@ def plot_grid(
     axes[0, 0].legend()
     return fig
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #defecc2c
+# %% ../../nbs/paper/00_train_vs_test.ipynb #b2fb350a
 def _window(history):
     "First measured epoch of the terminal phase and last epoch, by seed; the first is NaN where it is not reached or is the last."
     start, last = tpt_start(history), history.epoch.max()
@@ -98,7 +98,7 @@ def decades(
     table, (start, last) = curves(history, measure, split), _window(history)
     return np.log10(_at(table, start) / table.loc[last].to_numpy())
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #5b35dec7
+# %% ../../nbs/paper/00_train_vs_test.ipynb #7d4b1ecc
 def _claims_of_test(history, number, kind, measure, **common):
     "Claims 2 or 3: a test variance grows against the train variance, and levels off."
     train = decades(history, "train_variance", "train")
@@ -112,7 +112,7 @@ def _claims_of_test(history, number, kind, measure, **common):
               quantity=f"decades {measure} falls / decades train_variance falls", bar=BARS[f"{number}b"], direction="at most",
               values=test / train, control=control, control_values=seen / train, **common)]
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #9ce69a99
+# %% ../../nbs/paper/00_train_vs_test.ipynb #9fa13e8f
 def claims_train_vs_test(
     history: pd.DataFrame,   # of one data set and model, all seeds
     scale: str = "",         # which preset, data set and model
@@ -130,7 +130,7 @@ def claims_train_vs_test(
         *_claims_of_test(history, 2, "strong", "strong_test_variance", **common),
         *_claims_of_test(history, 3, "weak", "weak_test_variance", **common)]
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #f2b6a71d
+# %% ../../nbs/paper/00_train_vs_test.ipynb #419984ac
 def run_train_vs_test(
     settings: Settings | None = None,  # default those of settings.ini
     progress: bool = True,             # show a bar while training
