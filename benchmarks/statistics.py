@@ -16,7 +16,7 @@ Compared with
 # ruff: noqa: E402
 import sys
 
-sys.path.pop(0)  # this folder: or `import statistics`, by anything below, would find this file and not Python's own
+if __name__ == "__main__": sys.path.pop(0)  # this folder, or `import statistics` anywhere below would find this file
 
 import argparse
 import ctypes
@@ -24,8 +24,8 @@ import gc
 import subprocess
 import time
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import torch
 
 from nc_nbdev.geometry.measures import measure_features
@@ -122,7 +122,7 @@ def seconds(jobs, rounds):
     for _ in range(rounds):
         for name, job in jobs.items():
             start = time.perf_counter(); results[name] = job(); times[name].append(time.perf_counter() - start)
-    return {name: median(t) for name, t in times.items()}, results
+    return {name: float(np.median(t)) for name, t in times.items()}, results
 
 
 def high_water():

@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import re
+from pathlib import Path
 from urllib.parse import quote
 
 from fastcore.nbio import mk_cell, read_nb
@@ -36,7 +37,7 @@ class Prose(Processor):
 
 def notebook_path(nb):
     "The notebook's path in the repository, with forward slashes."
-    return nb.path_.resolve().relative_to(get_config().config_path.resolve()).as_posix()
+    return Path(nb.path_).resolve().relative_to(get_config().config_path.resolve()).as_posix()
 
 
 def run_links(path):
@@ -64,7 +65,7 @@ def plotly_html(figure, name, script, alt):
     height = int(figure["layout"].get("height", 450))
     return (f'<div class="plotly-figure" id="{name}" role="group" aria-label="{html.escape(alt)}" style="height:{height}px"></div>\n'
             f'<script src="{script}"></script>\n<script>Plotly.newPlot("{name}", '
-            f'Object.assign({data}, {{config: {{responsive: true, displaylogo: false}}}}));</script>')
+            f'Object.assign({data}, {{config: {{responsive: true, displaylogo: false, scrollZoom: false}}}}));</script>')
 
 
 class PlotlyFigures(Processor):
@@ -72,7 +73,7 @@ class PlotlyFigures(Processor):
 
     def begin(self):
         path = notebook_path(self.nb)
-        depth = len(self.nb.path_.resolve().relative_to(get_config().nbs_path.resolve()).parts) - 1
+        depth = len(Path(self.nb.path_).resolve().relative_to(get_config().nbs_path.resolve()).parts) - 1
         for i, cell in enumerate(self.nb.cells):
             for out in cell.get("outputs", []):
                 if not (figure := out.get("data", {}).pop(PLOTLY, None)): continue

@@ -26,6 +26,8 @@ from nbdev.serve import proc_nbs
 from smalldocs.config import load
 from smalldocs.site import Site
 
+from nc_nbdev._docs import run_links
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "geometry": "Geometry: how collapsed?",
@@ -34,18 +36,22 @@ ROOMS = {
     "theory": "Theory: why does it happen?",
     "neighbours": "Neighbours: where else?",
 }
+BADGES = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({}) "
+          "[![Open in Binder](https://mybinder.org/badge_logo.svg)]({})")
+FIRST = ["index.ipynb", "tutorial.ipynb", "explore.ipynb"]
 REFERENCE = ["glossary.ipynb", "symbols.ipynb", "references.ipynb"]
 
 
 def contents(nbs):
-    "The sidebar: index, the rooms in reading order, then what remains of the top folder and the reference pages."
+    "The sidebar: the pages to start with, the rooms in reading order, then what remains of the top folder and the reference pages."
     pages = lambda folder: sorted(p.relative_to(nbs).as_posix() for p in folder.glob("[!_.]*.ipynb"))
-    top = [p for p in pages(nbs) if p != "index.ipynb" and p not in REFERENCE]
+    there = pages(nbs)
+    first, top = [p for p in FIRST if p in there], [p for p in there if p not in FIRST + REFERENCE]
     unknown = {p.parent.name for p in nbs.glob("[!_.]*/*.ipynb")} - ROOMS.keys()
     if unknown:
         raise SystemExit(f"no title for the rooms {sorted(unknown)}: add them to ROOMS in {__file__}")
     rooms = [{"section": title, "contents": pages(nbs / room)} for room, title in ROOMS.items()]
-    return ["index.ipynb", *(r for r in rooms if r["contents"]), {"section": "Reference", "contents": top + REFERENCE}]
+    return [*first, *(r for r in rooms if r["contents"]), {"section": "Reference", "contents": top + REFERENCE}]
 
 
 def sidebar(nbs):
@@ -85,14 +91,6 @@ def vendor(out, nbs):
     for page in out.rglob("*.html"):
         text, up = page.read_text(encoding="utf-8"), "../" * (len(page.relative_to(out).parts) - 1)
         text = re.sub(r"https://[\w.]+/npm/katex@[\d.]+/dist/", f"{up}vendor/katex/", text)
-        text, n = re.subn(
-            r'src="https://[\w.]+/plotly-[\d.]+\.min\.js"(\s+(integrity|crossorigin)="[^"]*")*',
-            f'src="{up}vendor/plotly.min.js"', text)
-        text = re.sub(r'<script type="module">import "[^"]*plotly[^"]*"</script>|<script src="[^"]*mathjax[^"]*"></script>', "", text)
-        if n and not (out / "vendor/plotly.min.js").exists():
-            import plotly
-
-            shutil.copy(Path(plotly.__file__).parent / "package_data/plotly.min.js", out / "vendor")
         page.write_text(text, encoding="utf-8")
     for css in out.rglob("*.css"):
         text = css.read_text(encoding="utf-8")
@@ -121,7 +119,11 @@ def llms(out, nbs):
     for copy in out.rglob("*.llms.md"):
         copy.rename(copy.with_name(copy.name.replace(".llms.md", ".html.md")))
     for text in [*out.rglob("*.html.md"), out / "llms.txt"]:
-        text.write_text(text.read_text(encoding="utf-8").replace(".llms.md", ".html.md"), encoding="utf-8")
+        copy = text.read_text(encoding="utf-8").replace(".llms.md", ".html.md")
+        copy = re.sub(r'<p class="run-links">.*?</p>\s*', "", copy)
+        copy = re.sub(r'<div class="plotly-figure"[^>]* aria-label="([^"]*)".*?</div>\s*<script.*?</script>\s*<script>Plotly.*?</script>',
+                      r"*\1*", copy, flags=re.S)
+        text.write_text(copy, encoding="utf-8")
     modules, pages = nbs / "llms.txt", (out / "llms.txt").read_text(encoding="utf-8")
     if modules.exists():
         head = re.sub(r"<!--.*?-->", "", modules.read_text(encoding="utf-8"), flags=re.S).rstrip()
@@ -177,6 +179,8 @@ def readme():
         if cell.cell_type == "raw":
             meta = yaml.safe_load(source.strip("-\n")) or {}
             parts += [f"# {meta['title']}", *([f"> {meta['description']}"] if "description" in meta else [])]
+        elif 'class="run-links"' in source:
+            parts.append(BADGES.format(*run_links("nbs/index.ipynb").values()))
         elif cell.cell_type == "markdown":
             parts.append(re.sub(r"^:::.*\n?|<!--.*?-->", "", source, flags=re.M))
         else:

@@ -9,14 +9,14 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/duality.html.md"""
 # %% auto #0
 __all__ = ['nc3_duality', 'nc3_etf', 'nc3_cosine', 'nc3_bias', 'as_bias']
 
-# %% ../../nbs/geometry/40_duality.ipynb #24f0efda
+# %% ../../nbs/geometry/40_duality.ipynb #a78905da
 import torch
 from torch import Tensor
 
 from .means import as_rows, class_rows, gram_distance, unit_rows
-from .statistics import ClassStatistics
+from .statistics import ClassStatistics, as_tensor
 
-# %% ../../nbs/geometry/40_duality.ipynb #e5b30da8
+# %% ../../nbs/geometry/40_duality.ipynb #4de1f676
 def _pair(W, source, centred, weighting):
     "W and the (centred) means as float64 (K, D) tensors on one device. Raises ValueError when their shapes differ."
     M = class_rows(source, centred=centred, weighting=weighting)
@@ -25,7 +25,7 @@ def _pair(W, source, centred, weighting):
         raise ValueError(f"W has shape {tuple(W.shape)}, the class means {tuple(M.shape)}: expected (K, D) of both")
     return W, M
 
-# %% ../../nbs/geometry/40_duality.ipynb #10618181
+# %% ../../nbs/geometry/40_duality.ipynb #a7ae9c56
 def nc3_duality(
     W: Tensor,  # (K, D) classifier
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
@@ -42,14 +42,14 @@ def nc3_duality(
     distance = (W - M).norm().item()
     return distance**2 if squared else distance
 
-# %% ../../nbs/geometry/40_duality.ipynb #a5c9ec76
+# %% ../../nbs/geometry/40_duality.ipynb #b8aca95c
 def _unit_matrix(A, name):
     "A scaled to Frobenius norm 1. Raises ValueError when it is zero."
     norm = A.norm()
     if norm == 0: raise ValueError(f"{name} is zero: it has no direction to compare")
     return A / norm
 
-# %% ../../nbs/geometry/40_duality.ipynb #6898b3f7
+# %% ../../nbs/geometry/40_duality.ipynb #9db46a40
 def nc3_etf(
     W: Tensor,  # (K, D) classifier
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
@@ -61,7 +61,7 @@ def nc3_etf(
     W, M = _pair(W, source, centred, weighting)
     return gram_distance(W @ M.T)
 
-# %% ../../nbs/geometry/40_duality.ipynb #b3361443
+# %% ../../nbs/geometry/40_duality.ipynb #86dfd7e5
 def nc3_cosine(
     W: Tensor,  # (K, D) classifier
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
@@ -73,7 +73,7 @@ def nc3_cosine(
     W, M = _pair(W, source, centred, weighting)
     return (unit_rows(W, "the classifier row") * unit_rows(M)).sum(1).mean().clamp(-1, 1).item()
 
-# %% ../../nbs/geometry/40_duality.ipynb #fe55e104
+# %% ../../nbs/geometry/40_duality.ipynb #df6c97d8
 def nc3_bias(
     W: Tensor,  # (K, D) classifier
     b: Tensor | None,  # (K,) bias; None: no bias
@@ -86,14 +86,14 @@ def nc3_bias(
     mu_G = source.global_mean(weighting) if isinstance(source, ClassStatistics) else means.mean(0)  # (D,)
     return (W @ mu_G + as_bias(b, W)).norm().item()
 
-# %% ../../nbs/geometry/40_duality.ipynb #e02b6649
+# %% ../../nbs/geometry/40_duality.ipynb #c92bd375
 def as_bias(
     b: Tensor | None,  # (K,), or None for no bias
     W: Tensor,  # (K, D)
 ) -> Tensor:  # (K,) in W's dtype and on its device
     "The bias, zeros for None. Raises ValueError unless its shape is (K,) and it is finite."
     if b is None: return W.new_zeros(len(W))
-    b = torch.as_tensor(b).detach().as_subclass(Tensor).to(W.device).to(W.dtype)
+    b = as_tensor(b, "b").to(W.device).to(W.dtype)
     if b.shape != W.shape[:1]: raise ValueError(f"b has shape {tuple(b.shape)}: expected ({len(W)},), one bias a class")
     if not b.isfinite().all(): raise ValueError("b holds NaN or infinity: expected finite numbers")
     return b

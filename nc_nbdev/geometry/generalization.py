@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/generalization.html.md"""
 # %% auto #0
 __all__ = ['TestCollapse', 'test_collapse_from_statistics', 'weak_variance', 'test_collapse']
 
-# %% ../../nbs/geometry/80_generalization.ipynb #6061f5e7
+# %% ../../nbs/geometry/80_generalization.ipynb #20bac153
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +20,10 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .means import class_rows
 from .nearest_centre import nearest_centre
-from .statistics import ClassStatistics
+from .statistics import ClassStatistics, as_tensor
 
-# %% ../../nbs/geometry/80_generalization.ipynb #b0648f39
+# %% ../../nbs/geometry/80_generalization.ipynb #022fbc75
 @dataclass(frozen=True)
 class TestCollapse:
     "Train, weak, test and strong variance, each over tr Sigma_B of the train set. Always `weak <= test <= strong`."
@@ -39,7 +38,7 @@ class TestCollapse:
         "The four numbers by name."
         return asdict(self)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #70976a38
+# %% ../../nbs/geometry/80_generalization.ipynb #ddd754a3
 def test_collapse_from_statistics(
     train: ClassStatistics,  # statistics of the train features; every class must have samples
     test: ClassStatistics,  # statistics of the test features; a class may be absent
@@ -56,10 +55,10 @@ def test_collapse_from_statistics(
     return TestCollapse(train=train_sum / N_train / between, weak=None, test=test_sum / N_test / between,
                         strong=(test_sum + drift_sum) / N_test / between)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #9827601d
+# %% ../../nbs/geometry/80_generalization.ipynb #611d859b
 test_collapse_from_statistics.__test__ = False  # a function of this library, not a test of pytest's
 
-# %% ../../nbs/geometry/80_generalization.ipynb #38ea7af6
+# %% ../../nbs/geometry/80_generalization.ipynb #669ac2f1
 def _between(train, test, weighting):
     "tr Sigma_B of the train set. Raises ValueError when the two splits cannot be compared or the means coincide."
     for name, stats in (("train", train), ("test", test)):
@@ -69,11 +68,11 @@ def _between(train, test, weighting):
         raise ValueError(f"train has {train.num_classes} classes of dimension {train.dim}, test {test.num_classes} of "
                          f"{test.dim}: expected the same of both")
     if test.counts.sum() == 0: raise ValueError("the test statistics hold no samples: expected at least one")
-    M = class_rows(train, weighting=weighting)  # refuses an empty train class
-    if not M.any(): raise ValueError("the train class means coincide (tr Sigma_B = 0): there is no spread to compare with")
-    return train.between_trace(weighting)
+    between = train.between_trace(weighting)  # refuses an empty train class
+    if between == 0: raise ValueError("the train class means coincide (tr Sigma_B = 0): there is no spread to compare with")
+    return between
 
-# %% ../../nbs/geometry/80_generalization.ipynb #4718949f
+# %% ../../nbs/geometry/80_generalization.ipynb #c77d7970
 def weak_variance(
     H: Tensor,  # (N, D) test features
     num_points: int,  # K
@@ -93,24 +92,24 @@ def weak_variance(
     if restarts: costs.append(_improve(X, num_points, "k-means++", restarts, seed))
     return min(costs)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #ca89be88
+# %% ../../nbs/geometry/80_generalization.ipynb #9ed68ba3
 def _centred(H):
     "H minus its mean, in float64; rotated to (N, N) when N < D, which keeps all distances."
-    if not isinstance(H, Tensor) or H.ndim != 2 or len(H) == 0 or not H.is_floating_point() or not H.isfinite().all():
-        seen = f"{H.dtype} of shape {tuple(H.shape)}" if isinstance(H, Tensor) else type(H).__name__
-        raise ValueError(f"features are {seen}: expected (N, D) finite floating-point numbers, N >= 1")
-    H = H.detach().as_subclass(Tensor)
+    H = as_tensor(H, "H (features)")
+    if H.ndim != 2 or len(H) == 0 or not H.is_floating_point() or not H.isfinite().all():
+        raise ValueError(f"features are {H.dtype} of shape {tuple(H.shape)}: expected (N, D) finite floating-point "
+                         "numbers, N >= 1")
     X = H - H.mean(0, dtype=torch.float64)  # float32 minus float64 is float64
     return torch.linalg.qr(X.T, mode="r").R.T if X.shape[1] > len(X) else X
 
-# %% ../../nbs/geometry/80_generalization.ipynb #c6297626
+# %% ../../nbs/geometry/80_generalization.ipynb #9b635cf8
 def _partition(X, part, K):
     "Mean of each part, (K, D), sizes, (K,), and squared distance of each sample to the mean of its part, (N,)."
     sizes = torch.bincount(part, minlength=K)
     means = X.new_zeros(K, X.shape[1]).index_add_(0, part, X) / sizes.clamp(min=1)[:, None]
     return means, sizes, (X - means[part]).square().sum(1)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #5c3bc30b
+# %% ../../nbs/geometry/80_generalization.ipynb #4dc8d584
 def _fill(X, part, K):
     "Means of the parts, (K, D); the place of an empty part is taken by the samples furthest from their mean."
     means, sizes, distances = _partition(X, part, K)
@@ -118,7 +117,7 @@ def _fill(X, part, K):
     means[empty] = X[distances.topk(len(empty)).indices]
     return means
 
-# %% ../../nbs/geometry/80_generalization.ipynb #6c5d5446
+# %% ../../nbs/geometry/80_generalization.ipynb #d050c49b
 def _improve(X, K, init, starts, seed):
     "Cost of the best partition Lloyd's algorithm finds from `init`: (K, D) points, or 'k-means++' `starts` times."
     init = init if isinstance(init, str) else init.cpu().numpy()
@@ -129,7 +128,7 @@ def _improve(X, K, init, starts, seed):
         part = torch.as_tensor(lloyd.fit(X.cpu().numpy()).labels_, dtype=torch.int64, device=X.device)
     return _partition(X, part, K)[2].mean().item()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #dc6c2f56
+# %% ../../nbs/geometry/80_generalization.ipynb #34a78a29
 def test_collapse(
     train_features: Tensor,  # (N, D) train features, any float dtype
     train_labels: Tensor,  # (N,) integer labels; every class must occur
@@ -143,23 +142,27 @@ def test_collapse(
 ) -> TestCollapse:
     "Train, weak, test and strong variance (Hui, Belkin, Nakkiran 2022, 2202.08384). Raises ValueError on bad input."
     if num_classes is None: num_classes = _count_classes(train_labels)
-    train = ClassStatistics.from_features(train_features, train_labels, num_classes=num_classes)
-    test = ClassStatistics.from_features(test_features, test_labels, num_classes=num_classes)
-    test_features = torch.as_tensor(test_features)
+    train = _statistics("train", train_features, train_labels, num_classes)
+    test = _statistics("test", test_features, test_labels, num_classes)
     result = test_collapse_from_statistics(train, test, weighting=weighting)
     test_means = torch.where(test.counts[:, None] > 0, test.means, train.means.to(test.means))
     weak = weak_variance(test_features, num_classes, initial=(train.means, test_means), restarts=restarts, seed=seed)
     # the test means, too, are K points: their cost bounds the optimum, also where rounding says otherwise
     return replace(result, weak=min(weak / _between(train, test, weighting), result.test))
 
-# %% ../../nbs/geometry/80_generalization.ipynb #193f9a47
+# %% ../../nbs/geometry/80_generalization.ipynb #ab8272de
 test_collapse.__test__ = False  # a function of this library, not a test of pytest's
 
-# %% ../../nbs/geometry/80_generalization.ipynb #1bf6d059
+# %% ../../nbs/geometry/80_generalization.ipynb #03c3fb35
+def _statistics(split, H, y, num_classes) -> ClassStatistics:
+    "Statistics of one split, which an error names."
+    try: return ClassStatistics.from_features(H, y, num_classes=num_classes, within="trace")
+    except ValueError as error: raise ValueError(f"{split} set: {error}") from error
+
+# %% ../../nbs/geometry/80_generalization.ipynb #9b423d82
 def _count_classes(labels):
     "The largest label + 1. Raises ValueError unless labels are integers, at least one."
-    if labels is None: raise ValueError("train labels are None: expected integers (N,), N >= 1")
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.numel() == 0:
+    labels = as_tensor(labels, "train labels")
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.numel() == 0:
         raise ValueError(f"train labels are {labels.dtype} of shape {tuple(labels.shape)}: expected integers (N,), N >= 1")
     return int(labels.max()) + 1

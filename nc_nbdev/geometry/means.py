@@ -10,7 +10,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/means.html.md"""
 __all__ = ['class_rows', 'as_rows', 'nc2_norms', 'unit_rows', 'nc2_angles', 'nc2_max_angle', 'nc2_etf', 'gram_distance',
            'one_vs_rest_margin', 'log_uniformity', 'riesz_uniformity']
 
-# %% ../../nbs/geometry/30_means.ipynb #60083a59
+# %% ../../nbs/geometry/30_means.ipynb #8c2b55b7
 import math
 
 import numpy as np
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from .etf import simplex_gram
-from .statistics import ClassStatistics
+from .statistics import ROUNDING, ClassStatistics, as_tensor, centre_rows
 
-# %% ../../nbs/geometry/30_means.ipynb #00d89ead
+# %% ../../nbs/geometry/30_means.ipynb #9985e7d5
 def class_rows(
     source: ClassStatistics | Tensor,  # class statistics, or K rows of length D: class means, or a classifier's W
     *,
@@ -34,30 +34,24 @@ def class_rows(
         mu, mu_G = source.means, source.global_mean(weighting)  # refuses empty classes, centred or not
     elif weighting == "class": mu = as_rows(source); mu_G = mu.mean(0)
     else: raise ValueError(f"weighting is {weighting!r}: plain rows have no class counts; pass ClassStatistics, or 'class'")
-    return _difference(mu, mu_G) if centred else mu.clone()
+    return centre_rows(mu, mu_G) if centred else mu.clone()
 
-# %% ../../nbs/geometry/30_means.ipynb #0d3ca194
+# %% ../../nbs/geometry/30_means.ipynb #f3239119
 def as_rows(
     rows: Tensor,  # (K, D) one row a class
     name: str = "rows",  # what to call it in an error
     device: torch.device | None = None,  # where to; None: where they are
 ) -> Tensor:  # (K, D) float64, detached
     "The rows in float64. Raises ValueError unless there are at least two rows, all finite."
-    try: rows = torch.as_tensor(rows).detach().as_subclass(Tensor).to(device).to(torch.float64)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} is a {type(rows).__name__}: expected a (K, D) tensor of numbers") from error
+    rows = as_tensor(rows, name)
+    if rows.is_complex(): raise ValueError(f"{name} is {rows.dtype}: expected real numbers")
+    rows = rows.to(device).to(torch.float64)  # one after the other: a device may have no float64 (Apple's MPS)
     if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] < 1:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected (K, D), one row a class, K >= 2 and D >= 1")
     if not rows.isfinite().all(): raise ValueError(f"{name} holds NaN or infinity: expected finite numbers")
     return rows
 
-# %% ../../nbs/geometry/30_means.ipynb #cddc16d8
-def _difference(mu, mu_G):
-    "mu - mu_G, with rows that are nothing but rounding (1e-12 of the largest mean) set to 0."
-    M = mu - mu_G  # (K, D)
-    return M * (M.norm(dim=1) > 1e-12 * mu.norm(dim=1).max())[:, None]
-
-# %% ../../nbs/geometry/30_means.ipynb #aab97149
+# %% ../../nbs/geometry/30_means.ipynb #b2796c85
 def nc2_norms(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
@@ -69,7 +63,7 @@ def nc2_norms(
     if norms.max() == 0: raise ValueError("all class means coincide: their norms are 0 and have no relative spread")
     return (norms.std(correction=0) / norms.mean()).item()
 
-# %% ../../nbs/geometry/30_means.ipynb #d18786da
+# %% ../../nbs/geometry/30_means.ipynb #a472520c
 def unit_rows(
     rows: Tensor,  # (K, D)
     name: str = "the mean",  # what a row is, for the error
@@ -77,18 +71,21 @@ def unit_rows(
     "Rows scaled to norm 1. Raises ValueError naming the classes whose row is zero: they have no direction."
     norms = rows.norm(dim=1, keepdim=True)  # (K, 1)
     # rounding leaves a row that should be 0 at about 1e-16 of the others, and dividing by it would invent a direction
-    zero = (norms <= 1e-12 * norms.max()).flatten().nonzero().flatten().tolist()
+    zero = (norms <= ROUNDING * norms.max()).flatten().nonzero().flatten().tolist()
     if zero: raise ValueError(f"{name} of class {zero} is zero (after centring): it has no direction, and no angle")
     return rows / norms
 
-# %% ../../nbs/geometry/30_means.ipynb #5191e157
+# %% ../../nbs/geometry/30_means.ipynb #139a3938
 def _cosines(source, centred, weighting):
-    "Cosines of each row with every other row: shape (K, K-1)."
-    U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
-    cos = (U @ U.T).clamp(-1, 1)  # (K, K)
-    return cos[~torch.eye(len(U), dtype=torch.bool, device=U.device)].view(len(U), -1)  # without the diagonal
+    "Cosines of each row with every other row: shape (K, K-1). Statistics remember them."
+    def cosines():
+        U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
+        cos = (U @ U.T).clamp(-1, 1)  # (K, K)
+        return cos[~torch.eye(len(U), dtype=torch.bool, device=U.device)].view(len(U), -1)  # without the diagonal
+    if not isinstance(source, ClassStatistics): return cosines()
+    return source._cached(("cosines", centred, weighting), cosines)
 
-# %% ../../nbs/geometry/30_means.ipynb #6070d78e
+# %% ../../nbs/geometry/30_means.ipynb #1b461309
 def nc2_angles(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
@@ -98,7 +95,7 @@ def nc2_angles(
     "Standard deviation of `cos(M_c, M_c')` over pairs (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
     return _cosines(source, centred, weighting).std(correction=0).item()
 
-# %% ../../nbs/geometry/30_means.ipynb #337517a7
+# %% ../../nbs/geometry/30_means.ipynb #4395110c
 def nc2_max_angle(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
@@ -110,7 +107,7 @@ def nc2_max_angle(
     K = len(cos)
     return (cos + 1 / (K - 1)).abs().mean().item()
 
-# %% ../../nbs/geometry/30_means.ipynb #a57175b5
+# %% ../../nbs/geometry/30_means.ipynb #7e12af2f
 def nc2_etf(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
@@ -121,7 +118,7 @@ def nc2_etf(
     M = class_rows(source, centred=centred, weighting=weighting)
     return gram_distance(M @ M.T)
 
-# %% ../../nbs/geometry/30_means.ipynb #308908d4
+# %% ../../nbs/geometry/30_means.ipynb #aed19413
 def gram_distance(
     gram: Tensor,  # (K, K)
 ) -> float:  # 0 to 2; 0 when gram is a positive multiple of the simplex's Gram matrix
@@ -130,7 +127,7 @@ def gram_distance(
     if norm == 0: raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
     return (gram / norm - simplex_gram(len(gram)).to(gram)).norm().item()
 
-# %% ../../nbs/geometry/30_means.ipynb #86c05804
+# %% ../../nbs/geometry/30_means.ipynb #c3f8a4b6
 def _distance_to_hull(
     point: np.ndarray,  # (D,)
     others: np.ndarray,  # (n, D) corners of the hull
@@ -140,7 +137,7 @@ def _distance_to_hull(
     v, _ = nnls(np.vstack([differences, np.ones(len(others))]), np.append(np.zeros(len(point)), 1.0))
     return float(np.linalg.norm(differences @ (v / v.sum())))
 
-# %% ../../nbs/geometry/30_means.ipynb #324fed28
+# %% ../../nbs/geometry/30_means.ipynb #e80cb4b0
 def one_vs_rest_margin(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
@@ -153,12 +150,12 @@ def one_vs_rest_margin(
     points = U.cpu().numpy()
     return min(_distance_to_hull(point, np.delete(points, k, 0)) for k, point in enumerate(points))
 
-# %% ../../nbs/geometry/30_means.ipynb #5261daf2
+# %% ../../nbs/geometry/30_means.ipynb #4d8300b6
 def _log_distances(source, centred, weighting):
     "log |u_c - u_c'| of the K (K-1)/2 pairs, -inf where two rows coincide. `pdist` makes no (K, K, D) array."
     return pdist(unit_rows(class_rows(source, centred=centred, weighting=weighting))).log()
 
-# %% ../../nbs/geometry/30_means.ipynb #c69bc27e
+# %% ../../nbs/geometry/30_means.ipynb #516ff945
 def log_uniformity(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
@@ -168,7 +165,7 @@ def log_uniformity(
     "Mean logarithmic energy of the directions of the rows (Liu et al. 2023, 2303.06484). Lower is more uniform."
     return -_log_distances(source, centred, weighting).mean().item()
 
-# %% ../../nbs/geometry/30_means.ipynb #d62e8ec6
+# %% ../../nbs/geometry/30_means.ipynb #edc44f9d
 def riesz_uniformity(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,

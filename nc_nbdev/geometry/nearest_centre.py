@@ -9,60 +9,103 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/nearest_centre.html.md"""
 # %% auto #0
 __all__ = ['nearest_centre', 'classifier_decision', 'nc4_disagreement', 'ncc_accuracy']
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #b87aea15
-from collections.abc import Iterator
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #c683ee5d
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .duality import as_bias
 from .means import as_rows
+from .statistics import as_tensor
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #eebf2756
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #32289ed4
+def _largest(
+    x: Tensor,  # (B, D)
+    rows: Tensor,  # (K, D), of x's dtype, as is t
+    t: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor]:  # (B,) int64 and (B,) bool
+    "argmax_c of rows_c x + t_c, and which of these answers rounding may have decided."
+    info = torch.finfo(x.dtype)
+    with torch.autocast(x.device.type, enabled=False): score = torch.addmm(t, x, rows.T)  # (B, K)
+    top, best = score.max(1)
+    scale = rows.norm(dim=1).max() * x.norm(dim=1) + t.abs().max()  # (B,) no score, and no term of it, is larger
+    error = (x.shape[1] + 4) * (info.eps * scale + info.tiny)  # of one score
+    sure = (score < (top - 2 * error)[:, None]).sum(1) == len(rows) - 1
+    return best, ~sure
+
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #671fcba4
+def _decide(
+    h: Tensor,  # (B, D) float64 features
+    centre: Tensor,  # (D,) float64, subtracted from the features
+    steps: list[tuple[Tensor, Tensor]],  # (rows, t) in one precision after the other
+    settle: Callable[[Tensor], Tensor],  # the decision where all of them were too coarse
+) -> Tensor:  # (B,) int64
+    "argmax_c of rows_c (h - centre) + t_c, in the first precision that tells."
+    if not steps: return settle(h)
+    rows, t = steps[0]
+    best, unsure = _largest((h - centre).to(rows.dtype), rows, t)
+    if unsure.any(): best[unsure] = _decide(h[unsure], centre, steps[1:], settle)
+    return best
+
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #bb0bff2b
+def _steps(rows, t) -> list[tuple[Tensor, Tensor]]:
+    "Rows and offsets in float32 and float64; not in float32 if PyTorch may round its products to TF32 or bfloat16."
+    coarse = [(rows.float(), t.float())] if torch.get_float32_matmul_precision() == "highest" else []
+    return [*coarse, (rows, t)]
+
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #765b00a8
 def _chunks(
     H: Tensor,  # (N, D) features
     rows: Tensor,  # (K, D) what they are compared with
-    max_elements: int = 2**22,  # 32 MB of float64 a chunk
 ) -> Iterator[Tensor]:  # (B, D) float64, on the device of rows
     "Features in order, some at a time, in float64. Raises ValueError on NaN."
-    for chunk in H.detach().as_subclass(Tensor).split(max(1, max_elements // sum(rows.shape))):
-        if not chunk.isfinite().all(): raise ValueError("features hold NaN or infinity: expected finite numbers")
+    size = sum(rows.shape)  # of a feature and its scores
+    B = max(1, 2**17 // size, min(128, 2**22 // size))  # 1 MB, or 128 rows, but never more than 32 MB
+    for chunk in H.detach().as_subclass(Tensor).split(B):
+        if not chunk.sum().isfinite() and not chunk.isfinite().all():
+            raise ValueError("features hold NaN or infinity: expected finite numbers; did the training diverge?")
         yield chunk.to(rows.device).to(torch.float64)
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #0bf75a2a
-def _check_features(H, dim):
-    "Raises ValueError unless H is (N, D) floating with N >= 1 and D = dim."
-    if not isinstance(H, Tensor) or not H.is_floating_point() or H.ndim != 2:
-        seen = f"{H.dtype} of shape {tuple(H.shape)}" if isinstance(H, Tensor) else type(H).__name__
-        raise ValueError(f"features are {seen}: expected a floating-point tensor of shape (N, D)")
-    if len(H) == 0 or H.shape[1] != dim:
-        raise ValueError(f"features have shape {tuple(H.shape)}: expected (N, {dim}) with N >= 1")
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #e5c4e2ce
+def _as_features(
+    H: Tensor,  # (N, D) features, or an array
+    dim: int,  # D
+) -> Tensor:  # (N, D)
+    "H as a tensor. Raises ValueError unless it is (N, D) floating with N >= 1 and D = dim."
+    H = as_tensor(H, "features")
+    if not H.is_floating_point() or H.ndim != 2 or len(H) == 0 or H.shape[1] != dim:
+        raise ValueError(f"features are {H.dtype} of shape {tuple(H.shape)}: expected floating-point numbers of shape "
+                         f"(N, {dim}) with N >= 1")
+    return H
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #4a82882e
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #f4d6954b
 def nearest_centre(
     H: Tensor,  # (N, D) features, any float dtype
     means: Tensor,  # (K, D) class means of the train set: `ClassStatistics.means`
 ) -> Tensor:  # (N,) int64: argmin_c |h - mu_c|, the smallest such c on a tie
     "The class whose mean is nearest to each feature. Raises ValueError on a wrong shape or NaN."
     means = as_rows(means, "means")
-    _check_features(H, means.shape[1])
-    # direct differences in float64: the matrix-product form loses all digits when the features are far from the origin
-    return torch.cat([torch.cdist(h, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-                      for h in _chunks(H, means)])
+    centre = means.mean(0)
+    M = means - centre  # (K, D)
+    def by_differences(h): return torch.cdist(h, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    steps = _steps(M, -M.square().sum(1) / 2)
+    return torch.cat([_decide(h, centre, steps, by_differences) for h in _chunks(_as_features(H, means.shape[1]), means)])
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #04eef953
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #e4c61b8b
 def classifier_decision(
     H: Tensor,  # (N, D) features
     W: Tensor,  # (K, D)
     b: Tensor | None = None,  # (K,), or None for no bias
 ) -> Tensor:  # (N,) int64: argmax_c (W h + b)_c, the smallest such c on a tie
-    "The classifier's answer for each feature, in float64. Raises ValueError on a wrong shape or NaN."
+    "The classifier's answer for each feature, as in float64. Raises ValueError on a wrong shape or NaN."
     W = as_rows(W, "W")
-    _check_features(H, W.shape[1])
     b = as_bias(b, W)
-    return torch.cat([(h @ W.T + b).argmax(1) for h in _chunks(H, W)])
+    steps, no_shift = _steps(W - W.mean(0), b - b.mean()), W.new_zeros(W.shape[1])  # what all rows share decides nothing
+    def in_float64(h): return (h @ W.T + b).argmax(1)
+    return torch.cat([_decide(h, no_shift, steps, in_float64) for h in _chunks(_as_features(H, W.shape[1]), W)])
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #da620282
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #2b4241ef
 def nc4_disagreement(
     H: Tensor,  # (N, D) features, of the train or of a test set
     W: Tensor,  # (K, D) classifier
@@ -77,7 +120,7 @@ def nc4_disagreement(
     decision, near = classifier_decision(H, W, b if with_bias else None), nearest_centre(H, means)
     return (decision != near.to(decision.device)).double().mean().item()
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #797b144f
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #0b1b816a
 def ncc_accuracy(
     H: Tensor,  # (N, D) features
     y: Tensor,  # (N,) integer labels

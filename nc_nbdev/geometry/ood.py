@@ -9,14 +9,14 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/ood.html.md"""
 # %% auto #0
 __all__ = ['nc5_ood']
 
-# %% ../../nbs/geometry/60_ood.ipynb #fc753acd
+# %% ../../nbs/geometry/60_ood.ipynb #06ff7a57
 import torch
 from torch import Tensor
 
 from .means import class_rows, unit_rows
-from .statistics import ClassStatistics
+from .statistics import ROUNDING, ClassStatistics, as_tensor
 
-# %% ../../nbs/geometry/60_ood.ipynb #cfedf445
+# %% ../../nbs/geometry/60_ood.ipynb #4a9e80e2
 def nc5_ood(
     source: ClassStatistics | Tensor,  # statistics of the known classes (train), or (K, D) class means
     ood: Tensor,  # (D,) mean of out-of-distribution features, or (N, D) the features
@@ -29,15 +29,15 @@ def nc5_ood(
     v = _mean_feature(ood, means)  # (D,) mu_OOD
     if centred: v = v - (source.global_mean(weighting) if isinstance(source, ClassStatistics) else means.mean(0))
     # what rounding leaves of a difference that should be 0 is no direction
-    if v.norm() <= 1e-12 * means.norm(dim=1).max():
+    if v.norm() <= ROUNDING * means.norm(dim=1).max():
         raise ValueError("the out-of-distribution mean coincides with the global mean (or the origin): it has no direction")
     M = class_rows(source, centred=centred, weighting=weighting)
     return (unit_rows(M) @ (v / v.norm())).abs().mean().item()
 
-# %% ../../nbs/geometry/60_ood.ipynb #ac7ddfbb
+# %% ../../nbs/geometry/60_ood.ipynb #29d16965
 def _mean_feature(ood, means):
     "The mean of ood, (D,) float64. Raises ValueError on a wrong shape, no samples, or NaN."
-    ood = torch.as_tensor(ood).detach().as_subclass(Tensor).to(means.device)
+    ood = as_tensor(ood, "ood").to(means.device)
     if ood.ndim not in (1, 2) or ood.shape[-1] != means.shape[1] or len(ood) == 0:
         D = means.shape[1]
         raise ValueError(f"ood has shape {tuple(ood.shape)}: expected (N, {D}) features, or their mean, ({D},)")

@@ -9,13 +9,13 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/variability.html.md"""
 # %% auto #0
 __all__ = ['nc1_trace', 'nc1_pinv', 'cdnv', 'vci']
 
-# %% ../../nbs/geometry/20_variability.ipynb #5dc11b78
+# %% ../../nbs/geometry/20_variability.ipynb #6cff8d57
 import torch
 from torch import Tensor
 
-from .statistics import ClassStatistics
+from .statistics import ROUNDING, ClassStatistics
 
-# %% ../../nbs/geometry/20_variability.ipynb #19b252e8
+# %% ../../nbs/geometry/20_variability.ipynb #b7ad23e1
 def nc1_trace(
     stats: ClassStatistics,  # of the features; every class must have samples
     weighting: str = "class",  # classes count equally ("class") or by their number of samples ("sample")
@@ -23,17 +23,16 @@ def nc1_trace(
     "tr Sigma_W / tr Sigma_B (Hui, Belkin, Nakkiran 2022, 2202.08384). ValueError if a class is empty or all means coincide."
     return stats.within_trace(weighting) / _between_trace(stats, weighting)
 
-# %% ../../nbs/geometry/20_variability.ipynb #d48f9d76
+# %% ../../nbs/geometry/20_variability.ipynb #6e4bff19
 def _between_trace(stats, weighting) -> float:
     "tr Sigma_B, or a ValueError if the class means coincide."
     trace = stats.between_trace(weighting)
-    rounding = 16 * torch.finfo(torch.float64).eps  # relative error of a mean, with room to spare
-    if trace <= rounding**2 * stats.means.square().sum().item() / stats.num_classes:
-        raise ValueError(f"all class means coincide (tr Sigma_B = {trace:.1e}): there is no distance between classes to "
-                         "compare the spread with; are the features constant?")
+    if trace == 0:
+        raise ValueError("all class means coincide: there is no distance between classes to compare the spread with; "
+                         "are the features constant?")
     return trace
 
-# %% ../../nbs/geometry/20_variability.ipynb #8de3d11d
+# %% ../../nbs/geometry/20_variability.ipynb #378f3248
 def _between_factors(stats, weighting, rtol) -> tuple[Tensor, Tensor]:  # s (r,), V (D, r)
     "Sigma_B = V diag(s^2) V^T with r = rank(Sigma_B)."
     _between_trace(stats, weighting)  # refuses means that coincide
@@ -46,7 +45,7 @@ def _between_factors(stats, weighting, rtol) -> tuple[Tensor, Tensor]:  # s (r,)
         return s[:r], Vt[:r].T
     return stats._cached(("between", weighting, rtol), factors)
 
-# %% ../../nbs/geometry/20_variability.ipynb #427f3701
+# %% ../../nbs/geometry/20_variability.ipynb #1a4fa4e0
 def nc1_pinv(
     stats: ClassStatistics,  # of the features, from_features or within="full"; every class must have samples
     weighting: str = "class",  # classes count equally ("class") or by their number of samples ("sample")
@@ -59,7 +58,7 @@ def nc1_pinv(
     trace = (stats.within_along(V, weighting) / s.square()).sum().item()
     return trace / stats.num_classes if divide_by_K else trace
 
-# %% ../../nbs/geometry/20_variability.ipynb #40bf124f
+# %% ../../nbs/geometry/20_variability.ipynb #1238076a
 def cdnv(
     stats: ClassStatistics,  # of the features; every class must have samples
     weighting: str = "class",  # has no effect: each pair of classes counts once; here to be called as the others are
@@ -68,26 +67,26 @@ def cdnv(
 ) -> float:  # 0 at collapse
     "Class-distance normalised variance (Galanti et al. 2021, 2112.15121). ValueError if a class is empty or two means coincide."
     v, mu, K, total = stats.class_variances(ddof), stats.means, stats.num_classes, 0.0
+    rounding = ROUNDING * mu.norm(dim=1).max()
     for start in range(0, K, 64):
         tile = slice(start, start + 64)
-        distance = _distances(mu[tile], mu[start:], start)  # (T, K - start)
+        distance = _distances(mu[tile], mu[start:], start, rounding)  # (T, K - start)
         ratio = (v[tile, None] + v[start:]) / (2 * distance.square())
         total += ratio.triu(1).sum().item()  # each pair c < c' once
     return total / (K * (K - 1) / 2)
 
-# %% ../../nbs/geometry/20_variability.ipynb #36e01f56
-def _distances(rows, columns, start) -> Tensor:  # (T, C); infinite where the column does not come after the row
+# %% ../../nbs/geometry/20_variability.ipynb #09544610
+def _distances(rows, columns, start, rounding) -> Tensor:  # (T, C); infinite where the column does not come after the row
     "Distances of class means, or a ValueError naming two classes whose means coincide."
     distance = torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
     distance.masked_fill_(torch.ones_like(distance, dtype=torch.bool).tril(), torch.inf)
-    rounding = 16 * torch.finfo(torch.float64).eps * rows.norm(dim=1)[:, None]
     if (distance <= rounding).any():
         c, other = (distance <= rounding).nonzero()[0].tolist()
         raise ValueError(f"classes {start + c} and {start + other} have the same mean: cdnv divides by their distance; "
                          "merge the two classes, or use nc1_trace")
     return distance
 
-# %% ../../nbs/geometry/20_variability.ipynb #1c60b9e2
+# %% ../../nbs/geometry/20_variability.ipynb #3fd42ce6
 def vci(
     stats: ClassStatistics,  # of the features, from_features or within="full"; every class must have samples
     weighting: str = "class",  # classes count equally ("class") or by their number of samples ("sample")
@@ -102,7 +101,7 @@ def vci(
     lambdas = torch.linalg.svdvals(torch.linalg.solve_triangular(L, V * s, upper=False)).square()  # (r,)
     return (1 / (1 + lambdas)).mean().item()
 
-# %% ../../nbs/geometry/20_variability.ipynb #9db24bf2
+# %% ../../nbs/geometry/20_variability.ipynb #46003c27
 def _cholesky(Sigma_W, rtol) -> Tensor | None:
     "The lower Cholesky factor, or None if Sigma_W is singular to working precision."
     L, failed = torch.linalg.cholesky_ex(Sigma_W)
@@ -110,7 +109,7 @@ def _cholesky(Sigma_W, rtol) -> Tensor | None:
     singular = 10 * (rtol or len(L) * torch.finfo(L.dtype).eps)
     return None if failed or pivots.min() <= singular * pivots.max() else L
 
-# %% ../../nbs/geometry/20_variability.ipynb #9c6630d1
+# %% ../../nbs/geometry/20_variability.ipynb #8576b90b
 def _vci_singular(Sigma_W, s, V, rtol) -> float:
     "vci when Sigma_W has no inverse, by the pseudo-inverse of its part outside the span of the class means."
     C = V.T @ Sigma_W - (V.T @ Sigma_W @ V) @ V.T  # (r, D)

@@ -9,12 +9,13 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/probes.html.md"""
 # %% auto #0
 __all__ = ['TRANSFORMS', 'PENALTIES', 'MEASURES', 'VERSION', 'OTHER_DATA', 'FeatureTask', 'fit_transform', 'LogisticFit',
            'fit_logistic', 'ProbeResult', 'hold_out', 'choose_penalty', 'linear_probe', 'residual_kmeans', 'few_shot',
-           'fine_labels', 'feature_tasks', 'measure_transfer', 'as_history', 'pixel_task', 'fine_tune',
+           'fine_labels', 'feature_tasks', 'measure_transfer', 'as_history', 'measure_runs', 'pixel_task', 'fine_tune',
            'fine_tune_history', 'adapt_images', 'font_letters', 'other_data', 'other_task', 'other_data_history']
 
-# %% ../../nbs/lab/90_probes.ipynb #fa9e4425
+# %% ../../nbs/lab/90_probes.ipynb #8056c1a6
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from .settings import RunConfig
 from .taps import evaluating, layer_features
 from .training import make_learner, train
 
-# %% ../../nbs/lab/90_probes.ipynb #13bca8f5
+# %% ../../nbs/lab/90_probes.ipynb #87d7897c
 @dataclass
 class FeatureTask:
     "Frozen features with two labellings: the coarse classes the network was trained on and the fine ones to be found."
@@ -49,7 +50,7 @@ class FeatureTask:
     @property
     def num_classes(self) -> int: return int(self.fine.max()) + 1
 
-# %% ../../nbs/lab/90_probes.ipynb #4c8d2ba6
+# %% ../../nbs/lab/90_probes.ipynb #6cb6cb8a
 def _check_task(task):
     "Raise `ValueError` for features and labels that do not belong together."
     for split, H, labels in (("train", task.train, (task.fine, task.coarse)), ("test", task.test, (task.fine_test, task.coarse_test))):
@@ -62,7 +63,7 @@ def _check_task(task):
     if counts.min() < 2: raise ValueError(f"class {int(counts.argmin())} has {int(counts.min())} train samples, expected at least 2 of each")
     if task.fine_test.max() >= len(counts): raise ValueError(f"test label {int(task.fine_test.max())}: the train labels end at {len(counts) - 1}")
 
-# %% ../../nbs/lab/90_probes.ipynb #bc49b33d
+# %% ../../nbs/lab/90_probes.ipynb #e1e80cd9
 TRANSFORMS = ("raw", "standardised", "whitened")
 
 def fit_transform(
@@ -82,7 +83,7 @@ def fit_transform(
         scale = torch.where(s > cut * s.max(), 1 / s, 0.0)
     return lambda h: (h.double() - mu) @ scale if kind == "whitened" else (h.double() - mu) * scale
 
-# %% ../../nbs/lab/90_probes.ipynb #ce9cedab
+# %% ../../nbs/lab/90_probes.ipynb #f2a1f692
 def _whitening(H, coarse, cut):
     "Sigma_W^(-1/2) in the eigenvectors of Sigma_W, without the directions of no spread: (D, D')."
     if coarse is None: raise ValueError("kind='whitened' needs the coarse labels")
@@ -94,7 +95,7 @@ def _whitening(H, coarse, cut):
     if not keep.any(): raise ValueError("features have no spread within the coarse classes: nothing to whiten")
     return V[:, keep] / variance[keep].sqrt()
 
-# %% ../../nbs/lab/90_probes.ipynb #93bbc2aa
+# %% ../../nbs/lab/90_probes.ipynb #26e4dd2b
 @dataclass(frozen=True)
 class LogisticFit:
     "A fitted logistic regression."
@@ -107,7 +108,7 @@ class LogisticFit:
         "Logits (B, K) of features (B, D)."
         return X @ self.weights[:, :-1].T + self.weights[:, -1]
 
-# %% ../../nbs/lab/90_probes.ipynb #ffabd667
+# %% ../../nbs/lab/90_probes.ipynb #cbfea987
 class _Objective:
     "f(A), its gradient and Hessian at one A for X (N, D+1) with ones last, Y (N, K) one-hot."
     def __init__(self, X, Y, ridge): self.X, self.Y, self.ridge = X, Y, ridge   # ridge (D+1,): 1/(CN), 0 for the intercept
@@ -131,7 +132,7 @@ class _Objective:
         # saturated probabilities leave blocks singular; a preconditioner need only be close, so a little is added to the diagonal
         return torch.linalg.cholesky(B + torch.diag_embed(1e-10 * B.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).expand(B.shape[:2]) + 1e-300))
 
-# %% ../../nbs/lab/90_probes.ipynb #cb3231a3
+# %% ../../nbs/lab/90_probes.ipynb #e4cf5bed
 def _newton_step(objective, G, max_iterations=500):
     "Solve Hessian S = -G by preconditioned conjugate gradients; fewer digits far from the optimum (a truncated Newton method)."
     L = objective.blocks()
@@ -150,7 +151,7 @@ def _newton_step(objective, G, max_iterations=500):
         D = Z + rz / old * D
     return S
 
-# %% ../../nbs/lab/90_probes.ipynb #bac899ae
+# %% ../../nbs/lab/90_probes.ipynb #943dc04f
 def fit_logistic(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels 0..K-1, every class there
@@ -177,7 +178,7 @@ def fit_logistic(
     if gap >= tol: warnings.warn(f"logistic regression: gap {gap:.1e} after {step} steps, wanted {tol:.1e}", stacklevel=2)
     return LogisticFit(A, value, gap, step)
 
-# %% ../../nbs/lab/90_probes.ipynb #92b46d17
+# %% ../../nbs/lab/90_probes.ipynb #13dd669d
 def _line_search(objective, A, S, value, gap):
     "Halve the Newton step until the objective falls (Armijo); A and its value."
     for t in 0.5 ** np.arange(30):
@@ -185,7 +186,7 @@ def _line_search(objective, A, S, value, gap):
         if new <= value - 1e-4 * t * 2 * gap + 1e-15: return A + t * S, new
     return A, objective.at(A)
 
-# %% ../../nbs/lab/90_probes.ipynb #830acc94
+# %% ../../nbs/lab/90_probes.ipynb #32454137
 PENALTIES = tuple(10.0 ** k for k in range(-2, 7))
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class ProbeResult:
     gap: float             # distance of the objective to its minimum, see `fit_logistic`
     predictions: Tensor    # (N',) int64
 
-# %% ../../nbs/lab/90_probes.ipynb #7e31ddc2
+# %% ../../nbs/lab/90_probes.ipynb #ec6c8468
 def hold_out(
     y: Tensor,               # (N,) int64 labels
     share: float = 0.2,      # of each class
@@ -211,7 +212,7 @@ def hold_out(
         held[members[:max(1, int(share * len(members)))]] = True
     return held
 
-# %% ../../nbs/lab/90_probes.ipynb #8afc3414
+# %% ../../nbs/lab/90_probes.ipynb #3bd61098
 def choose_penalty(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels
@@ -228,7 +229,7 @@ def choose_penalty(
         best = (C, fit, path[-1][1])
     return *best[:2], path
 
-# %% ../../nbs/lab/90_probes.ipynb #7a0ecd51
+# %% ../../nbs/lab/90_probes.ipynb #1a3c7f7d
 def linear_probe(
     task: FeatureTask,
     kind: str = "standardised",   # preparation, as in `fit_transform`
@@ -247,7 +248,7 @@ def linear_probe(
     share = lambda a, b: (a == b).double().mean().item()
     return ProbeResult(share(predictions, task.fine_test), share(fit.scores(X).argmax(1), task.fine), C, fit.gap, predictions)
 
-# %% ../../nbs/lab/90_probes.ipynb #1ae3f7e2
+# %% ../../nbs/lab/90_probes.ipynb #234b2efa
 def _clusters(task, k, seed):
     "Cluster the train residuals of coarse class k; clusters of its train and test samples, and the fine classes in it."
     from sklearn.cluster import KMeans
@@ -259,7 +260,7 @@ def _clusters(task, k, seed):
     test = means.predict((H_test - centre) / scale) if len(H_test) else np.zeros(0, int)
     return means.labels_, test, fine.cpu().numpy()
 
-# %% ../../nbs/lab/90_probes.ipynb #9ce90dc3
+# %% ../../nbs/lab/90_probes.ipynb #d20820aa
 def residual_kmeans(
     task: FeatureTask,
     seed: int = 0,
@@ -276,7 +277,7 @@ def residual_kmeans(
         right["test"] += (name[test_labels] == task.fine_test[task.coarse_test == k].cpu().numpy()).sum()
     return float(right["train"] / len(task.fine)), float(right["test"] / len(task.fine_test))
 
-# %% ../../nbs/lab/90_probes.ipynb #3b2bf70b
+# %% ../../nbs/lab/90_probes.ipynb #b801ea42
 def few_shot(
     task: FeatureTask,
     shots: int = 5,       # examples a class; all there are where a class has fewer
@@ -292,7 +293,7 @@ def few_shot(
         right.append((nearest_centre(task.test, centres) == task.fine_test).double().mean().item())
     return float(np.mean(right))
 
-# %% ../../nbs/lab/90_probes.ipynb #b0b886ce
+# %% ../../nbs/lab/90_probes.ipynb #ca8a854e
 def _probe(kind, **options):
     "A measure: the probe's accuracy, its penalty and its gap."
     def measure(task):
@@ -309,7 +310,7 @@ MEASURES = {
     "residual_kmeans": lambda task: dict(zip(("residual_kmeans", "residual_kmeans_test"), residual_kmeans(task), strict=True)),
 }
 
-# %% ../../nbs/lab/90_probes.ipynb #d90ccad7
+# %% ../../nbs/lab/90_probes.ipynb #38ddc4ce
 def fine_labels(
     data: ImageData,  # of a run
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:  # train (N,), test (N',), names
@@ -331,7 +332,7 @@ def feature_tasks(
     move = lambda y: y.to(coarse.device)
     return {layer: FeatureTask(train[layer], move(fine), coarse, test[layer], move(fine_test), coarse_test) for layer in layers}
 
-# %% ../../nbs/lab/90_probes.ipynb #47caa0fe
+# %% ../../nbs/lab/90_probes.ipynb #c2fe29fc
 VERSION = 1   # goes up when a measure changes, so that answers kept on disk are not taken for new ones
 
 def _kept(file, keys, compute):
@@ -344,7 +345,7 @@ def _kept(file, keys, compute):
         with atomic(file) as draft: draft.write_text(json.dumps(known))
     return {k: known[k] for k in keys}
 
-# %% ../../nbs/lab/90_probes.ipynb #5d145895
+# %% ../../nbs/lab/90_probes.ipynb #8fe60490
 def measure_transfer(
     run: Run,
     measures: Sequence[str] = tuple(MEASURES),   # names in `MEASURES`
@@ -361,7 +362,7 @@ def measure_transfer(
             for epoch, layer, _ in [key.split("/")] for measure, value in values.items()]
     return as_history(run, rows)
 
-# %% ../../nbs/lab/90_probes.ipynb #30f42a86
+# %% ../../nbs/lab/90_probes.ipynb #31e0b1ac
 def _ask(run, keys, device):
     "Values of the keys \"epoch/layer/measure\", one forward pass an epoch."
     wanted, values = [key.split("/") for key in keys], {}
@@ -382,7 +383,19 @@ def as_history(
     return pd.DataFrame([dict(run=run.folder.name, seed=run.config.seed, epoch=e, split=split, layer=layer, measure=m, value=v)
                          for e, layer, m, v in rows], columns=["run", "seed", "epoch", "split", "layer", "measure", "value"])
 
-# %% ../../nbs/lab/90_probes.ipynb #1a2d210d
+# %% ../../nbs/lab/90_probes.ipynb #269f17ce
+def measure_runs(
+    jobs,                   # iterable of (function, run, arguments by name); a function such as `measure_transfer`
+    device="cpu",           # torch.device or name; MPS has no float64 and is replaced by the CPU
+    n_jobs: int | None = None,   # default one a CPU core, or one on a GPU
+) -> list[pd.DataFrame]:    # in the order of the jobs
+    "Tables of many measurements of runs."
+    from joblib import Parallel, delayed
+    jobs, device = list(jobs), "cpu" if torch.device(device).type == "mps" else str(device)
+    n_jobs = n_jobs or (os.cpu_count() if device == "cpu" else 1)
+    return Parallel(n_jobs=max(1, min(n_jobs, len(jobs))))(delayed(f)(run, **kwargs, device=device) for f, run, kwargs in jobs)
+
+# %% ../../nbs/lab/90_probes.ipynb #66225d24
 def pixel_task(
     data: ImageData,
     max_dim: int = 256,   # principal components kept of larger images
@@ -396,7 +409,7 @@ def pixel_task(
         X, X_test = (X - mu) @ V, (X_test - mu) @ V
     return FeatureTask(X, fine, data.train_labels, X_test, fine_test, data.test_labels)
 
-# %% ../../nbs/lab/90_probes.ipynb #cf6e0024
+# %% ../../nbs/lab/90_probes.ipynb #f62c605d
 def _fine_data(data):
     "The same images with the fine labels as the task."
     fine, fine_test, classes = fine_labels(data)
@@ -423,7 +436,7 @@ def fine_tune(
     with one_thread(): train(learn, config)
     return _test_accuracy(learn.model, learn.test_dl)
 
-# %% ../../nbs/lab/90_probes.ipynb #e81a8a47
+# %% ../../nbs/lab/90_probes.ipynb #213e1213
 def _test_accuracy(model, dl):
     "Share of samples classified right."
     with evaluating(model), torch.no_grad(): right = torch.cat([model(x).argmax(1) == y for x, y in dl])
@@ -441,7 +454,7 @@ def fine_tune_history(
     values = _kept(run.folder / f"fine-tune-{VERSION}.json", [str(e) for e in epochs], compute)
     return as_history(run, [(int(e), "output", "fine_tune", v) for e, v in values.items()])
 
-# %% ../../nbs/lab/90_probes.ipynb #b595f542
+# %% ../../nbs/lab/90_probes.ipynb #95e2c76b
 def adapt_images(
     data: ImageData,
     shape: tuple[int, int, int],  # channels, height, width wanted
@@ -454,7 +467,7 @@ def adapt_images(
         return x.expand(-1, shape[0], -1, -1).round().clamp(0, 255).byte()
     return replace(data, train_images=adapt(data.train_images), test_images=adapt(data.test_images))
 
-# %% ../../nbs/lab/90_probes.ipynb #85c6c1c1
+# %% ../../nbs/lab/90_probes.ipynb #c4cfe9cf
 def _letter(character, font, generator, size):
     "A white capital on black at a random place, angle and size: (size, size) uint8."
     from PIL import Image, ImageDraw
@@ -465,7 +478,7 @@ def _letter(character, font, generator, size):
     margin = int(generator.integers(4, 12))
     return np.asarray(image.crop((margin, margin, 64 - margin, 64 - margin)).resize((size, size), Image.BILINEAR, reducing_gap=3.0))
 
-# %% ../../nbs/lab/90_probes.ipynb #5afcf4cb
+# %% ../../nbs/lab/90_probes.ipynb #3c74eaf2
 def font_letters(
     size: int = 8,           # pixels a side
     per_class: int = 100,    # train images a letter; a quarter as many test images
@@ -486,7 +499,7 @@ def font_letters(
 
 _font_styles = {"Sans": ("", "-Bold", "-Oblique"), "Serif": ("", "-Bold", "-Italic"), "SansMono": ("", "-Bold")}
 
-# %% ../../nbs/lab/90_probes.ipynb #17fac5b9
+# %% ../../nbs/lab/90_probes.ipynb #9a685f72
 OTHER_DATA = {"digits": ("mnist", "fashion_mnist"), "mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",),
               "cifar10": ("stl10", "cifar100"), "cifar100": ("cifar10",), "stl10": ("cifar10",), "svhn": ("mnist", "cifar10")}
 
@@ -504,7 +517,7 @@ def other_data(
         found.append(data.subset(*(min(per_class, n) for n in least)))
     return found, missing
 
-# %% ../../nbs/lab/90_probes.ipynb #e1aaaa33
+# %% ../../nbs/lab/90_probes.ipynb #56bc929c
 def other_task(
     run: Run,
     epoch: int,          # snapshot
@@ -520,7 +533,7 @@ def other_task(
         parts += [features[layer], y, y]
     return FeatureTask(*parts)
 
-# %% ../../nbs/lab/90_probes.ipynb #d5b581c6
+# %% ../../nbs/lab/90_probes.ipynb #1a0fe7cb
 def other_data_history(
     run: Run,
     others: Sequence[ImageData],          # from `other_data`

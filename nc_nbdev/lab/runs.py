@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/runs.html.md"""
 # %% auto #0
 __all__ = ['snapshot_epochs', 'Run', 'atomic', 'Checkpoint', 'one_thread', 'get_runs', 'get_run', 'list_runs']
 
-# %% ../../nbs/lab/60_runs.ipynb #eb0b96d3
+# %% ../../nbs/lab/60_runs.ipynb #64a6ff10
 import json
 import os
 import time
@@ -29,7 +29,7 @@ from .settings import RunConfig, Settings, config_id, get_settings, log_epochs, 
 from .taps import layer_features
 from .training import make_learner, prepare_data, train
 
-# %% ../../nbs/lab/60_runs.ipynb #a52f1c2a
+# %% ../../nbs/lab/60_runs.ipynb #d6ce4c42
 def snapshot_epochs(
     config: RunConfig,  # its `snapshots` says how many
 ) -> tuple[int, ...]:   # some of the measured epochs, first and last included
@@ -38,7 +38,7 @@ def snapshot_epochs(
     if n == 0: return ()
     return tuple(sorted({epochs[round(i * (len(epochs) - 1) / max(n - 1, 1))] for i in range(n)} | {epochs[-1]}))
 
-# %% ../../nbs/lab/60_runs.ipynb #e19d4b17
+# %% ../../nbs/lab/60_runs.ipynb #5920b105
 @dataclass(frozen=True)
 class Run:
     "A finished training run on disk."
@@ -72,7 +72,7 @@ class Run:
         learn_dls = _measuring_loaders(self.config, self.data, device)
         return layer_features(model, learn_dls[split], layers or tap_layers(model)[-1:])
 
-# %% ../../nbs/lab/60_runs.ipynb #54d1a62e
+# %% ../../nbs/lab/60_runs.ipynb #3d696ac1
 def _build(config, data):
     "The untrained model of a run."
     return build_model(config.model, data.num_classes, in_channels=data.image_shape[0], width=config.width, image_size=data.image_shape[1])
@@ -82,7 +82,7 @@ def _measuring_loaders(config, data, device):
     "Loaders that neither shuffle nor augment, by split."
     return dict(zip(("train", "test"), loaders(data, config.batch_size, device=device)[1:], strict=True))
 
-# %% ../../nbs/lab/60_runs.ipynb #e086da4e
+# %% ../../nbs/lab/60_runs.ipynb #a0f5016b
 @contextmanager
 def atomic(
     path: Path,  # the file to write
@@ -94,7 +94,7 @@ def atomic(
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../../nbs/lab/60_runs.ipynb #60b0f06f
+# %% ../../nbs/lab/60_runs.ipynb #2aa890e9
 class Checkpoint(Callback):
     "Keep weights at the snapshot epochs, and all that is needed to go on every `seconds` seconds."
     order = 65   # after CollapseRecorder has measured the epoch
@@ -116,7 +116,7 @@ class Checkpoint(Callback):
         if epoch in self.keep and not file.exists():
             with atomic(file) as draft: torch.save(self.model.state_dict(), draft)
 
-# %% ../../nbs/lab/60_runs.ipynb #bed3955f
+# %% ../../nbs/lab/60_runs.ipynb #e7428a38
 @contextmanager
 def one_thread():
     "PyTorch on one CPU thread: the same bits on every machine, and cores left for other runs."
@@ -125,7 +125,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(threads)
 
-# %% ../../nbs/lab/60_runs.ipynb #10e7ce52
+# %% ../../nbs/lab/60_runs.ipynb #3a6a91f0
 class _Bar(Callback):
     "A progress bar over epochs that shows the current NC1."
     order = 66
@@ -135,7 +135,7 @@ class _Bar(Callback):
         self.bar.comment = f"seed {self.learn.collapse_recorder.seed}, {self.learn.collapse_recorder.status}"
         self.bar.update(self.epoch + 1)
 
-# %% ../../nbs/lab/60_runs.ipynb #a24495df
+# %% ../../nbs/lab/60_runs.ipynb #dd29a10d
 def _train_run(config, folder, data_dir, device, bar, seconds=30.0):
     "Train, or finish training, one run into `folder`."
     data = prepare_data(config, data_dir)
@@ -151,7 +151,7 @@ def _train_run(config, folder, data_dir, device, bar, seconds=30.0):
     with atomic(folder / "history.parquet") as draft: recorder.history.to_parquet(draft, index=False)
     return recorder.status
 
-# %% ../../nbs/lab/60_runs.ipynb #de9d0bb7
+# %% ../../nbs/lab/60_runs.ipynb #be075a7c
 def _resume(file, learn, recorder):
     "Put a checkpoint back into learner and recorder; the number of epochs it had done."
     if not file.exists(): return 0
@@ -171,7 +171,7 @@ def _seen_loader(train_dl, size, seed):
     seen.images, seen.labels = train_dl.images[chosen], train_dl.labels[chosen]
     return seen
 
-# %% ../../nbs/lab/60_runs.ipynb #ca2045b0
+# %% ../../nbs/lab/60_runs.ipynb #4fd6314e
 def get_runs(
     configs,                          # iterable of `RunConfig`
     settings: Settings | None = None,  # folders and device, default those of `settings.ini`
@@ -199,17 +199,19 @@ def get_run(
     "One finished run: read from disk, resumed, or trained."
     return get_runs([config], settings, progress)[0]
 
-# %% ../../nbs/lab/60_runs.ipynb #fb15ce2d
+# %% ../../nbs/lab/60_runs.ipynb #35851a19
 def _train_together(todo, device, progress, n_jobs):
     "Train several runs in worker processes, a bar counting the finished ones."
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
     jobs = (delayed(_train_run)(r.config, r.folder, r.data_dir, device, False) for r in todo)
     finished = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(jobs)
     bar = progress_bar(finished, total=len(todo), leave=False) if progress else finished
     for status in bar:
         if progress: bar.comment = f"runs; last: {status}"
+    get_reusable_executor().shutdown()   # idle workers would keep a gigabyte each
 
-# %% ../../nbs/lab/60_runs.ipynb #ab559de5
+# %% ../../nbs/lab/60_runs.ipynb #e718b137
 def list_runs(
     runs_dir=None,  # folder of runs, default that of `settings.ini`
 ) -> pd.DataFrame:  # indexed by run: the configuration, and whether it is finished

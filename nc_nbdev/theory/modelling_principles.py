@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/theory/modelling_principles.html.md"""
 # %% auto #0
 __all__ = ['MODELS', 'Model', 'theory_claims']
 
-# %% ../../nbs/theory/00_modelling_principles.ipynb #f05da669
+# %% ../../nbs/theory/00_modelling_principles.ipynb #3239d447
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -18,7 +18,7 @@ import pandas as pd
 from ..lab.claims import Claim, load_claims
 from ..lab.settings import Settings, get_settings
 
-# %% ../../nbs/theory/00_modelling_principles.ipynb #1e6d21dd
+# %% ../../nbs/theory/00_modelling_principles.ipynb #f2475f5e
 @dataclass(frozen=True)
 class Model:
     "A modelling principle: what it assumes, and what it says about each part of collapse."
@@ -31,7 +31,7 @@ class Model:
     NC4: str
     fresh: str  # what it says about fresh data
 
-# %% ../../nbs/theory/00_modelling_principles.ipynb #89b5e372
+# %% ../../nbs/theory/00_modelling_principles.ipynb #425f4696
 _silent = "nothing"
 
 MODELS = (
@@ -52,10 +52,10 @@ MODELS = (
     Model("local_elasticity", "Zhang 2021", "a step moves its own class more; no loss",
           "as a ratio: means outrun the noise", "only if driven by residuals", _silent, _silent, _silent),
     Model("transfer_bound", "Galanti 2021", "features with a small CDNV",
-          "assumed", _silent, _silent, "error of nearest centre bounded", "if *its* CDNV is small, and only then"),
+          "assumed", _silent, _silent, "error of nearest centre bounded", "conditional: the CDNV of those very classes must be small"),
 )
 
-# %% ../../nbs/theory/00_modelling_principles.ipynb #241ff404
+# %% ../../nbs/theory/00_modelling_principles.ipynb #5eeebcd4
 def theory_claims(
     names: list[str] | None = None,  # studies of `MODELS`, default all
     settings: Settings | None = None,  # default `settings.ini`
@@ -72,4 +72,7 @@ def _study_claims(name, settings, progress):
     "Claims of one study: from disk if it is one of `nc-reproduce`, else by running it."
     from nc_nbdev.studies import STUDIES, study_folder
     if name in STUDIES: return load_claims(study_folder(name, settings, progress) / "claims.json")
-    return getattr(import_module(f"nc_nbdev.theory.{name}"), f"run_{name}")(settings, progress=progress).claims
+    import matplotlib.pyplot as plt
+    result = getattr(import_module(f"nc_nbdev.theory.{name}"), f"run_{name}")(settings, progress=progress)
+    plt.close("all")                                                   # each study shows its figures in its own notebook
+    return result.claims
