@@ -26,6 +26,7 @@ Modules:
 - `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: collapse as something one can turn with the mouse.
 - `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means; on test data they stop on the way.
 - `nc_nbdev.paper.training_longer`: A network trained on pairs of classes knows the classes in the middle of training, and forgets them while its features collapse.
+- `nc_nbdev.paper.which_layer`: Early in training the last layer knows the fine classes best; at the end a layer before it does.
 - `nc_nbdev.rooms`: The rooms, their modules, and who imports whom, drawn from the source.
 - `nc_nbdev.studies`: Every study, one command, one scoreboard.
 - `nc_nbdev.theory.deep_unconstrained`: More layers on top of free features: every layer collapses, the soft threshold becomes a jump, zero becomes a trap, and with ReLU collapse stops being unique and then optimal.

@@ -9,14 +9,14 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/rooms.html.md"""
 # %% auto #0
 __all__ = ['ROOMS', 'imported_modules', 'package_imports', 'room_of', 'room_imports', 'plot_rooms']
 
-# %% ../nbs/rooms.ipynb #48278be1
+# %% ../nbs/rooms.ipynb #c7209626
 import ast
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-# %% ../nbs/rooms.ipynb #210d4b7d
+# %% ../nbs/rooms.ipynb #4aea7f30
 def imported_modules(
     source: str,    # of a module
     package: str,   # the package it is in, where relative imports start
@@ -30,7 +30,7 @@ def imported_modules(
             found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
     return found
 
-# %% ../nbs/rooms.ipynb #e4e7130f
+# %% ../nbs/rooms.ipynb #67e3f1b7
 def package_imports() -> dict[str, set[str]]:  # module -> the modules of this package that it imports; "lab.taps", ...
     "Who imports whom, read from the source of the installed package. Names without the package's; its `__init__` files left out."
     root = Path(find_spec("nc_nbdev").origin).parent
@@ -42,7 +42,7 @@ def package_imports() -> dict[str, set[str]]:  # module -> the modules of this p
         found[name] = imported & files.keys()
     return found
 
-# %% ../nbs/rooms.ipynb #1c0a59ad
+# %% ../nbs/rooms.ipynb #17f10c49
 ROOMS = ("geometry", "lab", "paper", "theory", "neighbours")   # in reading order
 
 def room_of(
@@ -52,7 +52,7 @@ def room_of(
     room = module.partition(".")[0]
     return room if room in ROOMS else ""
 
-# %% ../nbs/rooms.ipynb #0445b5d9
+# %% ../nbs/rooms.ipynb #abb59490
 _colours = dict(zip(ROOMS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=True))
 _grey = "#7a7a7a"
 
@@ -63,7 +63,7 @@ def room_imports(
     pairs = [(room_of(i), room_of(m)) for m, found in imports.items() for i in found]
     return {(a, b): pairs.count((a, b)) for a in ROOMS for b in ROOMS if a != b and (a, b) in pairs}
 
-# %% ../nbs/rooms.ipynb #52266104
+# %% ../nbs/rooms.ipynb #b63a76dc
 def plot_rooms(
     imports: dict[str, set[str]] | None = None,  # default those of the package
     ax=None,                                     # matplotlib Axes, default the current
@@ -77,7 +77,7 @@ def plot_rooms(
     ax.set(xlim=(-0.5, len(place) - 0.5), ylim=(-max(map(len, modules.values())) - 0.9, 1.3 + 1.5 * (len(place) - 1)))
     ax.set_axis_off()
 
-# %% ../nbs/rooms.ipynb #315aed7c
+# %% ../nbs/rooms.ipynb #db10ec6b
 def _draw_room(ax, x, room, modules):
     "A box with the names of the modules."
     from matplotlib.patches import FancyBboxPatch
@@ -86,7 +86,7 @@ def _draw_room(ax, x, room, modules):
     ax.text(x, 0, room, ha="center", va="center", fontsize=11, fontweight="bold", color=_colours[room])
     for k, name in enumerate(sorted(modules)): ax.text(x, -1 - k, name, ha="center", va="center", fontsize=8.5, color=_grey)
 
-# %% ../nbs/rooms.ipynb #d1d7094a
+# %% ../nbs/rooms.ipynb #76549aa2
 def _draw_arrow(ax, source, target, count, colour):
     "An arc over the boxes, from the imported room to the importing one, with the number of imports on it."
     from matplotlib.patches import FancyArrowPatch

@@ -10,7 +10,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/studies.html.md"""
 __all__ = ['STUDIES', 'study_names', 'study_folder', 'environment', 'report_html', 'format_scoreboard', 'reproduce',
            'report_folder', 'main']
 
-# %% ../nbs/studies.ipynb #15b31ab7
+# %% ../nbs/studies.ipynb #9c90b3bc
 import argparse
 import base64
 import hashlib
@@ -29,10 +29,12 @@ import pandas as pd
 from .lab.claims import format_number, load_claims, save_claims, scoreboard
 from .lab.settings import PRESETS, Settings, get_settings
 
-# %% ../nbs/studies.ipynb #d19b0822
+# %% ../nbs/studies.ipynb #b780b019
 STUDIES = {   # name: module that exports run_<name>; in reading order
     "train_vs_test": "paper.train_vs_test",
     "random_labels": "paper.random_labels",
+    "training_longer": "paper.training_longer",
+    "which_layer": "paper.which_layer",
     "cascade": "paper.cascade",
     "unconstrained_ce": "theory.unconstrained_ce",
     "unconstrained_mse": "theory.unconstrained_mse",
@@ -45,7 +47,7 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "transfer_bound": "theory.transfer_bound",
 }
 
-# %% ../nbs/studies.ipynb #02892355
+# %% ../nbs/studies.ipynb #82d8ebbf
 def study_names(
     names=None,  # names of studies or rooms, default all
 ) -> list[str]:  # names of studies, in reading order
@@ -56,7 +58,7 @@ def study_names(
         raise ValueError(f"unknown study {unknown}: expected one of {', '.join(STUDIES)}, or a room: {', '.join(sorted(rooms))}")
     return [n for n, module in STUDIES.items() if n in names or module.split(".")[0] in names]
 
-# %% ../nbs/studies.ipynb #354600bb
+# %% ../nbs/studies.ipynb #d6a48b8f
 def _key(settings):
     "A hash of the settings that matter and of the package's source."
     digest = hashlib.sha256(repr((settings.preset, settings.seeds, settings.grid)).encode())
@@ -81,7 +83,7 @@ def _compute(name, settings, folder, progress):
     (draft / "title.txt").write_text(result.title)
     draft.rename(folder)
 
-# %% ../nbs/studies.ipynb #06f80179
+# %% ../nbs/studies.ipynb #af8c46a4
 def study_folder(
     name: str,                # of `STUDIES`
     settings: Settings,       # scale, seeds, folders
@@ -95,7 +97,7 @@ def study_folder(
         _compute(name, settings, folder, progress)
     return folder
 
-# %% ../nbs/studies.ipynb #90e25287
+# %% ../nbs/studies.ipynb #b2193728
 _css = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;width:100%;font-size:.9rem}th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid #ddd}
 img{max-width:100%}.holds{color:#00714f}.fails{color:#a33f00}.other{color:#666}small{color:#666}"""
@@ -107,7 +109,7 @@ def environment() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return {"date": date.today().isoformat(), "device": device, "python": platform.python_version(), **packages}
 
-# %% ../nbs/studies.ipynb #729d42f5
+# %% ../nbs/studies.ipynb #cc4571f7
 def _board(claims):
     "The scoreboard as HTML, verdicts coloured."
     table = scoreboard(claims).reset_index()
@@ -131,7 +133,7 @@ def report_html(
                   for p in pictures]
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nc_nbdev report</title><style>{_css}</style>{"".join(parts)}</html>'
 
-# %% ../nbs/studies.ipynb #534dfc41
+# %% ../nbs/studies.ipynb #f9e4d8da
 def format_scoreboard(
     claims,  # iterable of `Claim`
 ) -> str:    # lines for a terminal
@@ -144,7 +146,7 @@ def format_scoreboard(
     held = sum(c.verdict == "holds" for c in claims)
     return "\n".join([*lines, "", f"{held} of {len(claims)} claims hold"])
 
-# %% ../nbs/studies.ipynb #3947cc77
+# %% ../nbs/studies.ipynb #aa11ad06
 def reproduce(
     preset: str | None = None,    # "quick", "laptop" or "paper", default that of settings.ini
     seeds: int | None = None,     # number of seeds, default that of settings.ini
@@ -160,7 +162,7 @@ def reproduce(
         found.append(study_folder(name, settings, progress))
     return _write_report(found, settings, report_folder(settings, out))
 
-# %% ../nbs/studies.ipynb #96b48174
+# %% ../nbs/studies.ipynb #0a541f31
 def report_folder(
     settings: Settings,
     out: str | Path | None = None,  # a folder of one's own choice
@@ -183,7 +185,7 @@ def _write_report(found, settings, out):
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
     return claims
 
-# %% ../nbs/studies.ipynb #f16f9791
+# %% ../nbs/studies.ipynb #49c11e84
 def main(argv=None):
     "The command `nc-reproduce`."
     parser = argparse.ArgumentParser("nc-reproduce", description="Run the studies and print the scoreboard.")

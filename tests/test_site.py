@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from nbdev.config import nbpath2html
@@ -20,6 +21,7 @@ from nbdev.config import nbpath2html
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]
 ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "/nc_nbdev/"  # GitHub Pages serves the site under the name of the project, not at the root
+REPORT = "reports/report.html"
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -73,6 +75,11 @@ def _serve(folder):
     return server
 
 
+def _pages(docs):
+    "The paths of the site's pages; the report of `make reproduce` is a file of its own make."
+    return {p.relative_to(docs).as_posix() for p in docs.rglob("*.html")} - {REPORT}
+
+
 @pytest.fixture(scope="session")
 def docs():
     "The built site's folder."
@@ -118,7 +125,8 @@ def _open(browser, url, problems, **options):
 
     context.route("**/*", route)
     page = context.new_page()
-    page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type in ("error", "warning") else None)
+    slow = re.compile("willReadFrequently|GPU stall due to ReadPixels")  # a browser's advice on speed, where it draws 3-D without a GPU
+    page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type in ("error", "warning") and not slow.search(m.text) else None)
     page.on("pageerror", lambda e: problems.append(f"script: {e}"))
     page.on("requestfailed", lambda r: problems.append(f"failed: {r.url}"))
     page.on("response", lambda r: problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
@@ -143,7 +151,7 @@ def crawl(browser, url, docs):
     page = _open(browser, url, problems)
     while todo:
         path = todo.pop()
-        if path in seen or not (docs / path).exists():  # a dead link: test_links_and_anchors says so
+        if path in seen or path == REPORT or not (docs / path).exists():  # a dead link: test_links_and_anchors says so
             continue
         problems.clear()
         page.set_viewport_size(DESKTOP)
@@ -165,7 +173,7 @@ def _failures(crawl, key):
 
 
 def test_every_page_is_reached(crawl, docs):
-    assert set(crawl) == {p.relative_to(docs).as_posix() for p in docs.rglob("*.html")}
+    assert set(crawl) == _pages(docs)
 
 
 def test_nothing_goes_wrong(crawl):
@@ -308,11 +316,86 @@ def test_llms_txt(docs):
     text = (docs / "llms.txt").read_text(encoding="utf-8")
     host = re.search(r"<loc>(.*?/nc_nbdev/)", (docs / "sitemap.xml").read_text(encoding="utf-8"))[1]
     links = [link.removeprefix(host) for link in re.findall(r"\]\(([^)\s]+)\)", text.partition("## Pages")[2])]
-    assert {p.relative_to(docs).as_posix() + ".md" for p in docs.rglob("*.html")} == set(links)
+    assert {p + ".md" for p in _pages(docs)} == set(links)
     assert all((docs / link).exists() for link in re.findall(re.escape(host) + r"([^)\s]+)\)", text))
     assert "## Modules" in text
 
 
 def test_search_index_has_every_page(docs):
     entries = json.loads((docs / "search.json").read_text(encoding="utf-8"))
-    assert {e["href"].partition("#")[0] for e in entries} == {p.relative_to(docs).as_posix() for p in docs.rglob("*.html")}
+    assert {e["href"].partition("#")[0] for e in entries} == _pages(docs)
+
+
+SPREAD = """() => {
+  const [train, test] = document.querySelector('.plotly-figure')._fullData;   // as decoded
+  const axes = (t) => ['x', 'y', 'z'].map((a) => Array.from(t[a]));
+  const spread = (t) => {   // mean squared distance to the mean of the points of the same colour
+    const points = axes(t), groups = {};
+    t.marker.color.forEach((c, i) => (groups[c] ??= []).push(points.map((p) => p[i])));
+    let total = 0, n = 0;
+    for (const group of Object.values(groups)) {
+      const mean = [0, 1, 2].map((k) => group.reduce((s, p) => s + p[k], 0) / group.length);
+      for (const p of group) { total += p.reduce((s, v, k) => s + (v - mean[k]) ** 2, 0); n += 1; }
+    }
+    return total / n;
+  };
+  return [spread(train), spread(test)]; }"""
+
+
+def test_tetrahedron_slider_moves_the_points(page, url):
+    "Train points run into the corners, test points stay behind; the drawing follows the slider."
+    page.goto(url + "paper/tetrahedron.html")
+    figure = page.locator(".plotly-figure")
+    figure.scroll_into_view_if_needed()
+    figure.locator(".slider-rail-touch-rect").wait_for(state="attached")
+    page.wait_for_function("document.querySelector('.plotly-figure')._transitionData._frames.length > 5")
+    scene, rail = figure.locator("canvas").first, figure.locator(".slider-rail-touch-rect")
+    train_last, test_last = page.evaluate(SPREAD)
+    assert test_last > 3 * train_last
+    picture = scene.screenshot()
+    box = rail.bounding_box()
+    page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
+    page.wait_for_function("document.querySelector('.plotly-figure .slider-label')?.textContent === 'epoch 0'")
+    page.wait_for_function(f"({SPREAD})()[0] > {10 * train_last}")
+    train_first, test_first = page.evaluate(SPREAD)
+    assert 0.7 < test_first / train_first < 1.4
+    page.wait_for_timeout(300)
+    assert scene.screenshot() != picture
+    figure.get_by_text("Play").click()
+    page.wait_for_function("document.querySelector('.plotly-figure .slider-label')?.textContent === 'epoch 150'", timeout=20_000)
+    page.wait_for_function(f"({SPREAD})()[0] < {1.01 * train_last}")
+
+
+def test_every_page_can_be_run_elsewhere(crawl):
+    "Each page links to its own notebook at Colab and at Binder, by a path of this repository and its branch."
+    config = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    repo, branch = re.search('Repository = "https://github.com/(.*)"', config)[1] + "/", re.search('branch = "(.*)"', config)[1]
+    found = {}
+    for path, facts in crawl.items():
+        colab = [link.partition(f"/github/{repo}blob/{branch}/")[2] for link in facts["links"] if link.startswith("https://colab.")]
+        binder = [unquote(link.partition(f"/gh/{repo}{branch}?labpath=")[2]) for link in facts["links"] if link.startswith("https://mybinder.")]
+        assert colab == binder and len(colab) == 1, path
+        assert (ROOT / colab[0]).is_file(), f"{path}: no {colab[0]}"
+        assert nbpath2html(Path(colab[0]).relative_to("nbs")).as_posix() == path
+        found[path] = colab[0]
+    assert len(set(found.values())) == len(found)
+
+
+def test_interactive_page_is_small(docs):
+    "The page and the script that draws it, without a network: under 2 MB together with the static picture."
+    html = docs / "paper/tetrahedron.html"
+    scripts = {html.parent / s for s in re.findall(r'<script src="([^"]*plotly[^"]*)"', html.read_text(encoding="utf-8"))}
+    assert len(scripts) == 1
+    figure = re.search(r'<script>Plotly.newPlot.*?</script>', html.read_text(encoding="utf-8"), flags=re.S)[0]
+    assert len(figure) + sum(s.stat().st_size for s in scripts) < 2_000_000
+
+
+def test_markdown_copies_hold_no_scripts(docs):
+    assert not [p.name for p in docs.rglob("*.html.md") if "Plotly.newPlot" in p.read_text(encoding="utf-8")]
+
+
+def test_report_is_linked(crawl, docs, url):
+    "Where `make reproduce` has written its report, the page of the studies leads to it."
+    linked = [link.removeprefix(url) for link in crawl["studies.html"]["links"] if link.startswith(url)]
+    assert (REPORT in linked) == (docs / REPORT).exists()
+    assert (docs / REPORT).exists() >= (ROOT / REPORT).exists()

@@ -241,7 +241,8 @@ def test_invariant_under_rotation_translation_scaling_and_relabelling(sizes, see
     names = torch.randperm(K, generator=g)
     before = ClassStatistics.from_features(H, y, num_classes=K)
     after = ClassStatistics.from_features(scale * (H @ Q + offset), names[y], num_classes=K)
-    for measure in MEASURES: close(measure(after, weighting), measure(before, weighting), 1e-7)
+    for measure in MEASURES:  # vci is 0 when samples are fewer than dimensions
+        close(measure(after, weighting), measure(before, weighting), 1e-7, 1e-13 if measure is vci else 0)
 
 
 @few

@@ -131,6 +131,16 @@ def llms(out, nbs):
     (out / "llms.txt").write_text(pages, encoding="utf-8")
 
 
+def report(out, root):
+    "Put the report of the last `make reproduce`, where there is one, beside the pages, and a link to it on the page of the studies."
+    file, page = root / "reports/report.html", out / "studies.html"
+    if not file.exists(): return
+    (out / "reports").mkdir(exist_ok=True)
+    shutil.copy(file, out / "reports")
+    link = '<a href="reports/report.html">The report</a> of the last <code>make reproduce</code>: scoreboard and figures on one page.'
+    page.write_text(re.sub(r'(<p class="run-links">.*?)(</p>)', rf"\1<br>{link}\2", page.read_text(encoding="utf-8"), count=1, flags=re.S), encoding="utf-8")
+
+
 def build():
     "Build `_docs/`; exits 1, after building, when a page has a problem."
     cfg = get_config()
@@ -144,6 +154,7 @@ def build():
     vendor(cfg.doc_path, cfg.nbs_path)
     local_links(cfg.doc_path, (cfg.doc_host + cfg.doc_baseurl).rstrip("/"))
     llms(cfg.doc_path, cfg.nbs_path)
+    report(cfg.doc_path, ROOT)
     print(f"{len(list(cfg.doc_path.rglob('*.html')))} pages in {cfg.doc_path}")
     if problems:
         sys.exit("\n".join(problems))

@@ -10,7 +10,6 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/duality.html.md"""
 __all__ = ['nc3_duality', 'nc3_etf', 'nc3_cosine', 'nc3_bias', 'as_bias']
 
 # %% ../../nbs/geometry/40_duality.ipynb #a78905da
-import torch
 from torch import Tensor
 
 from .means import as_rows, class_rows, gram_distance, unit_rows

@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/generalization.html.md"""
 # %% auto #0
 __all__ = ['TestCollapse', 'test_collapse_from_statistics', 'weak_variance', 'test_collapse']
 
-# %% ../../nbs/geometry/80_generalization.ipynb #20bac153
+# %% ../../nbs/geometry/80_generalization.ipynb #e651a2fb
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,7 @@ from torch import Tensor
 from .nearest_centre import nearest_centre
 from .statistics import ClassStatistics, as_tensor
 
-# %% ../../nbs/geometry/80_generalization.ipynb #022fbc75
+# %% ../../nbs/geometry/80_generalization.ipynb #660524a8
 @dataclass(frozen=True)
 class TestCollapse:
     "Train, weak, test and strong variance, each over tr Sigma_B of the train set. Always `weak <= test <= strong`."
@@ -38,7 +38,7 @@ class TestCollapse:
         "The four numbers by name."
         return asdict(self)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #ddd754a3
+# %% ../../nbs/geometry/80_generalization.ipynb #fd5e369c
 def test_collapse_from_statistics(
     train: ClassStatistics,  # statistics of the train features; every class must have samples
     test: ClassStatistics,  # statistics of the test features; a class may be absent
@@ -55,10 +55,10 @@ def test_collapse_from_statistics(
     return TestCollapse(train=train_sum / N_train / between, weak=None, test=test_sum / N_test / between,
                         strong=(test_sum + drift_sum) / N_test / between)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #611d859b
+# %% ../../nbs/geometry/80_generalization.ipynb #b14e06eb
 test_collapse_from_statistics.__test__ = False  # a function of this library, not a test of pytest's
 
-# %% ../../nbs/geometry/80_generalization.ipynb #669ac2f1
+# %% ../../nbs/geometry/80_generalization.ipynb #8c415dd6
 def _between(train, test, weighting):
     "tr Sigma_B of the train set. Raises ValueError when the two splits cannot be compared or the means coincide."
     for name, stats in (("train", train), ("test", test)):
@@ -72,7 +72,7 @@ def _between(train, test, weighting):
     if between == 0: raise ValueError("the train class means coincide (tr Sigma_B = 0): there is no spread to compare with")
     return between
 
-# %% ../../nbs/geometry/80_generalization.ipynb #c77d7970
+# %% ../../nbs/geometry/80_generalization.ipynb #27a80356
 def weak_variance(
     H: Tensor,  # (N, D) test features
     num_points: int,  # K
@@ -92,7 +92,7 @@ def weak_variance(
     if restarts: costs.append(_improve(X, num_points, "k-means++", restarts, seed))
     return min(costs)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #9ed68ba3
+# %% ../../nbs/geometry/80_generalization.ipynb #1429c48d
 def _centred(H):
     "H minus its mean, in float64; rotated to (N, N) when N < D, which keeps all distances."
     H = as_tensor(H, "H (features)")
@@ -102,14 +102,14 @@ def _centred(H):
     X = H - H.mean(0, dtype=torch.float64)  # float32 minus float64 is float64
     return torch.linalg.qr(X.T, mode="r").R.T if X.shape[1] > len(X) else X
 
-# %% ../../nbs/geometry/80_generalization.ipynb #9b635cf8
+# %% ../../nbs/geometry/80_generalization.ipynb #94545e2d
 def _partition(X, part, K):
     "Mean of each part, (K, D), sizes, (K,), and squared distance of each sample to the mean of its part, (N,)."
     sizes = torch.bincount(part, minlength=K)
     means = X.new_zeros(K, X.shape[1]).index_add_(0, part, X) / sizes.clamp(min=1)[:, None]
     return means, sizes, (X - means[part]).square().sum(1)
 
-# %% ../../nbs/geometry/80_generalization.ipynb #4dc8d584
+# %% ../../nbs/geometry/80_generalization.ipynb #e4830b8e
 def _fill(X, part, K):
     "Means of the parts, (K, D); the place of an empty part is taken by the samples furthest from their mean."
     means, sizes, distances = _partition(X, part, K)
@@ -117,7 +117,7 @@ def _fill(X, part, K):
     means[empty] = X[distances.topk(len(empty)).indices]
     return means
 
-# %% ../../nbs/geometry/80_generalization.ipynb #d050c49b
+# %% ../../nbs/geometry/80_generalization.ipynb #6069bd50
 def _improve(X, K, init, starts, seed):
     "Cost of the best partition Lloyd's algorithm finds from `init`: (K, D) points, or 'k-means++' `starts` times."
     init = init if isinstance(init, str) else init.cpu().numpy()
@@ -128,7 +128,7 @@ def _improve(X, K, init, starts, seed):
         part = torch.as_tensor(lloyd.fit(X.cpu().numpy()).labels_, dtype=torch.int64, device=X.device)
     return _partition(X, part, K)[2].mean().item()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #34a78a29
+# %% ../../nbs/geometry/80_generalization.ipynb #382e9621
 def test_collapse(
     train_features: Tensor,  # (N, D) train features, any float dtype
     train_labels: Tensor,  # (N,) integer labels; every class must occur
@@ -150,19 +150,19 @@ def test_collapse(
     # the test means, too, are K points: their cost bounds the optimum, also where rounding says otherwise
     return replace(result, weak=min(weak / _between(train, test, weighting), result.test))
 
-# %% ../../nbs/geometry/80_generalization.ipynb #ab8272de
+# %% ../../nbs/geometry/80_generalization.ipynb #890e40e6
 test_collapse.__test__ = False  # a function of this library, not a test of pytest's
 
-# %% ../../nbs/geometry/80_generalization.ipynb #03c3fb35
+# %% ../../nbs/geometry/80_generalization.ipynb #4b563f6d
 def _statistics(split, H, y, num_classes) -> ClassStatistics:
     "Statistics of one split, which an error names."
     try: return ClassStatistics.from_features(H, y, num_classes=num_classes, within="trace")
     except ValueError as error: raise ValueError(f"{split} set: {error}") from error
 
-# %% ../../nbs/geometry/80_generalization.ipynb #9b423d82
+# %% ../../nbs/geometry/80_generalization.ipynb #3294fcb0
 def _count_classes(labels):
     "The largest label + 1. Raises ValueError unless labels are integers, at least one."
     labels = as_tensor(labels, "train labels")
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.numel() == 0:
         raise ValueError(f"train labels are {labels.dtype} of shape {tuple(labels.shape)}: expected integers (N,), N >= 1")
-    return int(labels.max()) + 1
+    return int(labels.long().max()) + 1  # some integer types know no maximum

@@ -9,12 +9,11 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/measures.html.md"""
 # %% auto #0
 __all__ = ['CollapseMeasures', 'measure_collapse', 'check_head', 'measure_features']
 
-# %% ../../nbs/geometry/70_measures.ipynb #c3ac8775
+# %% ../../nbs/geometry/70_measures.ipynb #ab9c3b6c
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from html import escape
 
-import torch
 from torch import Tensor
 
 from .duality import as_bias, nc3_bias, nc3_cosine, nc3_duality, nc3_etf
@@ -30,7 +29,7 @@ from .nearest_centre import classifier_decision, nearest_centre
 from .statistics import ClassStatistics, as_tensor
 from .variability import cdnv, nc1_pinv, nc1_trace, vci
 
-# %% ../../nbs/geometry/70_measures.ipynb #ab0e2ae5
+# %% ../../nbs/geometry/70_measures.ipynb #b799b400
 @dataclass(frozen=True)
 class CollapseMeasures:
     "Every measure of collapse of one set of features; None where it cannot be had, with the reason in `reasons`."
@@ -68,16 +67,16 @@ class CollapseMeasures:
         title = f"K = {self.num_classes}, D = {self.dim}, N = {self.num_samples}"
         return f"<table><thead><tr><th>measure</th><th>{title}</th></tr></thead><tbody>{rows}</tbody></table>"
 
-# %% ../../nbs/geometry/70_measures.ipynb #49627684
+# %% ../../nbs/geometry/70_measures.ipynb #5487afe5
 _NOT_MEASURES = ("num_classes", "dim", "num_samples", "reasons")
 
-# %% ../../nbs/geometry/70_measures.ipynb #a35b84a9
+# %% ../../nbs/geometry/70_measures.ipynb #8d5c4de7
 def _rows(measures):
     "Name and printed value of each measure; the reason in the place of a value that is None."
     return [(name, f"none: {measures.reasons.get(name, 'not measured')}" if value is None else f"{value:.4g}")
             for name, value in measures.to_dict().items()]
 
-# %% ../../nbs/geometry/70_measures.ipynb #a8d032d6
+# %% ../../nbs/geometry/70_measures.ipynb #56d818b7
 def measure_collapse(
     stats: ClassStatistics,  # one pass over the features; every class must have samples
     head: tuple[Tensor, Tensor | None] | None = None,  # last-layer classifier (W, b): (K, D), and (K,) or None
@@ -95,10 +94,10 @@ def measure_collapse(
     values, failed = _collect(parts)
     return CollapseMeasures(stats.num_classes, stats.dim, int(stats.counts.sum()), **values, reasons=reasons | failed)
 
-# %% ../../nbs/geometry/70_measures.ipynb #d61e2d71
+# %% ../../nbs/geometry/70_measures.ipynb #37c01a56
 _HEAD_MEASURES = ("nc3_duality", "nc3_etf", "nc3_cosine", "nc3_bias", "nc4_disagreement")
 
-# %% ../../nbs/geometry/70_measures.ipynb #0af2436d
+# %% ../../nbs/geometry/70_measures.ipynb #4bb30161
 def _collect(
     parts: dict[str, Callable[[], float]],  # measure -> function that computes it
 ) -> tuple[dict[str, float], dict[str, str]]:  # values, and reasons of those that cannot be had
@@ -109,7 +108,7 @@ def _collect(
         except ValueError as error: reasons[name] = str(error)
     return values, reasons
 
-# %% ../../nbs/geometry/70_measures.ipynb #e8bde90c
+# %% ../../nbs/geometry/70_measures.ipynb #54a11817
 def _statistics_parts(stats, weighting):
     "NC1 and NC2: measure -> function."
     if stats.between_trace(weighting) == 0: return dict.fromkeys(_STATISTICS_MEASURES, _coincide)
@@ -118,28 +117,28 @@ def _statistics_parts(stats, weighting):
     parts = {f.__name__: lambda f=f: f(stats, weighting=weighting) for f in measures}
     return parts | {"one_vs_rest_margin": lambda: _margin(stats, weighting)}
 
-# %% ../../nbs/geometry/70_measures.ipynb #ea1499d3
+# %% ../../nbs/geometry/70_measures.ipynb #cdd3b410
 _STATISTICS_MEASURES = ("nc1_trace", "nc1_pinv", "cdnv", "vci", "nc2_norms", "nc2_angles", "nc2_max_angle", "nc2_etf",
                         "one_vs_rest_margin")
 
-# %% ../../nbs/geometry/70_measures.ipynb #e711420e
+# %% ../../nbs/geometry/70_measures.ipynb #32e08324
 def _coincide():
     raise ValueError("all class means coincide (are the features constant?): there is no distance between classes")
 
-# %% ../../nbs/geometry/70_measures.ipynb #2ac692ed
+# %% ../../nbs/geometry/70_measures.ipynb #45d20b4e
 def _margin(stats, weighting):
     "The one-vs-rest margin where no simplex fits."
     if stats.num_classes <= stats.dim + 1: raise ValueError("a simplex fits (K <= D + 1): see nc2_etf")
     return one_vs_rest_margin(stats, weighting=weighting)
 
-# %% ../../nbs/geometry/70_measures.ipynb #82f6ee9e
+# %% ../../nbs/geometry/70_measures.ipynb #71eac515
 def _head_parts(stats, head, weighting):
     "NC3: measure -> function."
     W, b = head
     parts = {f.__name__: lambda f=f: f(W, stats, weighting=weighting) for f in (nc3_duality, nc3_etf, nc3_cosine)}
     return parts | {"nc3_bias": lambda: nc3_bias(W, b, stats, weighting=weighting)}
 
-# %% ../../nbs/geometry/70_measures.ipynb #29dd8224
+# %% ../../nbs/geometry/70_measures.ipynb #06220a16
 def check_head(
     head: tuple[Tensor, Tensor | None],  # (W, b)
     num_classes: int,  # K
@@ -147,7 +146,8 @@ def check_head(
 ) -> tuple[Tensor, Tensor]:  # W (K, D) and b (K,), float64; b is zeros when None was given
     "The classifier in float64. Raises ValueError unless it is a pair (W, b) of shapes (K, D) and (K,)."
     if not isinstance(head, (tuple, list)) or len(head) != 2:
-        raise ValueError(f"head is a {type(head).__name__}: expected the pair (W, b); of a Linear, (fc.weight, fc.bias)")
+        seen = f"{type(head).__name__} of {len(head)}" if isinstance(head, (tuple, list)) else type(head).__name__
+        raise ValueError(f"head is a {seen}: expected the pair (W, b); of a Linear, (fc.weight, fc.bias)")
     for name, part in zip(("W", "b"), head, strict=True):
         if part is not None and not (part := as_tensor(part, f"head's {name}")).is_floating_point():
             raise ValueError(f"head's {name} is {part.dtype}: expected floating-point numbers")
@@ -156,7 +156,7 @@ def check_head(
         raise ValueError(f"head's W has shape {tuple(W.shape)}: expected ({num_classes}, {dim}), (K, D) of the features")
     return W, as_bias(head[1], W)
 
-# %% ../../nbs/geometry/70_measures.ipynb #707662c2
+# %% ../../nbs/geometry/70_measures.ipynb #6119dae1
 def measure_features(
     H: Tensor,  # (N, D) features, any float dtype
     y: Tensor,  # (N,) integer labels in 0..K-1; every class must occur
@@ -172,7 +172,7 @@ def measure_features(
     measures = measure_collapse(stats, head, weighting=weighting)
     H, y = as_tensor(H, "H (features)"), as_tensor(y, "y (labels)")
     near = nearest_centre(H, means)
-    accuracy = (near == y.to(near.device)).double().mean().item()
+    accuracy = (near == y.to(near)).double().mean().item()
     reasons = {name: reason for name, reason in measures.reasons.items() if name != "ncc_accuracy"}
     if head is None: return replace(measures, ncc_accuracy=accuracy, reasons=reasons)
     W, b = check_head(head, stats.num_classes, stats.dim)
@@ -180,7 +180,7 @@ def measure_features(
     reasons.pop("nc4_disagreement")
     return replace(measures, ncc_accuracy=accuracy, nc4_disagreement=disagreement, reasons=reasons)
 
-# %% ../../nbs/geometry/70_measures.ipynb #055e5d3c
+# %% ../../nbs/geometry/70_measures.ipynb #73e90298
 def _reference_means(reference, stats):
     "Class means for NC4, (K, D). Raises ValueError when the reference does not fit the features, or lacks a class."
     if reference is None: return stats.means

@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/nearest_centre.html.md"""
 # %% auto #0
 __all__ = ['nearest_centre', 'classifier_decision', 'nc4_disagreement', 'ncc_accuracy']
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #c683ee5d
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #f6cc41bf
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,7 +19,7 @@ from .duality import as_bias
 from .means import as_rows
 from .statistics import as_tensor
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #32289ed4
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #d48086d6
 def _largest(
     x: Tensor,  # (B, D)
     rows: Tensor,  # (K, D), of x's dtype, as is t
@@ -34,9 +34,9 @@ def _largest(
     sure = (score < (top - 2 * error)[:, None]).sum(1) == len(rows) - 1
     return best, ~sure
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #671fcba4
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #f75f4be2
 def _decide(
-    h: Tensor,  # (B, D) float64 features
+    h: Tensor,  # (B, D) features
     centre: Tensor,  # (D,) float64, subtracted from the features
     steps: list[tuple[Tensor, Tensor]],  # (rows, t) in one precision after the other
     settle: Callable[[Tensor], Tensor],  # the decision where all of them were too coarse
@@ -44,30 +44,30 @@ def _decide(
     "argmax_c of rows_c (h - centre) + t_c, in the first precision that tells."
     if not steps: return settle(h)
     rows, t = steps[0]
-    best, unsure = _largest((h - centre).to(rows.dtype), rows, t)
+    best, unsure = _largest((h - centre).to(rows.dtype), rows, t)  # the difference is float64
     if unsure.any(): best[unsure] = _decide(h[unsure], centre, steps[1:], settle)
     return best
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #bb0bff2b
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #9ec04641
 def _steps(rows, t) -> list[tuple[Tensor, Tensor]]:
     "Rows and offsets in float32 and float64; not in float32 if PyTorch may round its products to TF32 or bfloat16."
     coarse = [(rows.float(), t.float())] if torch.get_float32_matmul_precision() == "highest" else []
     return [*coarse, (rows, t)]
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #765b00a8
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #8149deb7
 def _chunks(
     H: Tensor,  # (N, D) features
     rows: Tensor,  # (K, D) what they are compared with
-) -> Iterator[Tensor]:  # (B, D) float64, on the device of rows
-    "Features in order, some at a time, in float64. Raises ValueError on NaN."
+) -> Iterator[Tensor]:  # (B, D), on the device of rows
+    "Features in order, some at a time. Raises ValueError on NaN."
     size = sum(rows.shape)  # of a feature and its scores
     B = max(1, 2**17 // size, min(128, 2**22 // size))  # 1 MB, or 128 rows, but never more than 32 MB
     for chunk in H.detach().as_subclass(Tensor).split(B):
         if not chunk.sum().isfinite() and not chunk.isfinite().all():
             raise ValueError("features hold NaN or infinity: expected finite numbers; did the training diverge?")
-        yield chunk.to(rows.device).to(torch.float64)
+        yield chunk.to(rows.device)
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #e5c4e2ce
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #b6d1171c
 def _as_features(
     H: Tensor,  # (N, D) features, or an array
     dim: int,  # D
@@ -79,7 +79,7 @@ def _as_features(
                          f"(N, {dim}) with N >= 1")
     return H
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #f4d6954b
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #0c002ef7
 def nearest_centre(
     H: Tensor,  # (N, D) features, any float dtype
     means: Tensor,  # (K, D) class means of the train set: `ClassStatistics.means`
@@ -88,11 +88,11 @@ def nearest_centre(
     means = as_rows(means, "means")
     centre = means.mean(0)
     M = means - centre  # (K, D)
-    def by_differences(h): return torch.cdist(h, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    def by_differences(h): return torch.cdist(h.double(), means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
     steps = _steps(M, -M.square().sum(1) / 2)
     return torch.cat([_decide(h, centre, steps, by_differences) for h in _chunks(_as_features(H, means.shape[1]), means)])
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #e4c61b8b
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #be5ec0d4
 def classifier_decision(
     H: Tensor,  # (N, D) features
     W: Tensor,  # (K, D)
@@ -102,10 +102,10 @@ def classifier_decision(
     W = as_rows(W, "W")
     b = as_bias(b, W)
     steps, no_shift = _steps(W - W.mean(0), b - b.mean()), W.new_zeros(W.shape[1])  # what all rows share decides nothing
-    def in_float64(h): return (h @ W.T + b).argmax(1)
+    def in_float64(h): return (h.double() @ W.T + b).argmax(1)
     return torch.cat([_decide(h, no_shift, steps, in_float64) for h in _chunks(_as_features(H, W.shape[1]), W)])
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #2b4241ef
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #1086e002
 def nc4_disagreement(
     H: Tensor,  # (N, D) features, of the train or of a test set
     W: Tensor,  # (K, D) classifier
@@ -115,20 +115,21 @@ def nc4_disagreement(
     with_bias: bool = True,  # False: compare with argmax_c of W h alone
 ) -> float:  # 0 (the same rule on these features) to 1
     "Share of samples where classifier and nearest centre differ (Papyan, Han, Donoho 2020)."
+    W, means = as_rows(W, "W"), as_rows(means, "means")
     if W.shape != means.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the class means {tuple(means.shape)}: expected (K, D) of both")
     decision, near = classifier_decision(H, W, b if with_bias else None), nearest_centre(H, means)
     return (decision != near.to(decision.device)).double().mean().item()
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #0b1b816a
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #6d434c91
 def ncc_accuracy(
     H: Tensor,  # (N, D) features
     y: Tensor,  # (N,) integer labels
     means: Tensor,  # (K, D) class means of the train set
 ) -> float:  # 0 to 1
     "Accuracy of the nearest-centre rule. Raises ValueError on a wrong shape, or a label outside 0..K-1."
-    nearest, y = nearest_centre(H, means), torch.as_tensor(y)
-    if y.shape != H.shape[:1]: raise ValueError(f"labels have shape {tuple(y.shape)}: expected ({len(H)},), one a sample")
-    if y.is_floating_point() or y.min() < 0 or y.max() >= len(means):
-        raise ValueError(f"labels are {y.dtype} from {y.min()} to {y.max()}: expected integers 0..{len(means) - 1}")
-    return (nearest == y.to(nearest.device)).double().mean().item()
+    nearest, y = nearest_centre(H, means), as_tensor(y, "labels")
+    if y.shape != nearest.shape: raise ValueError(f"labels have shape {tuple(y.shape)}: expected ({len(nearest)},), one a sample")
+    if y.is_floating_point() or y.long().min() < 0 or y.long().max() >= len(means):
+        raise ValueError(f"labels are {y.dtype} from {y.long().min()} to {y.long().max()}: expected integers 0..{len(means) - 1}")
+    return (nearest == y.to(nearest)).double().mean().item()

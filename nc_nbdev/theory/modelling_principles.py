@@ -13,8 +13,6 @@ __all__ = ['MODELS', 'Model', 'theory_claims']
 from dataclasses import dataclass
 from importlib import import_module
 
-import pandas as pd
-
 from ..lab.claims import Claim, load_claims
 from ..lab.settings import Settings, get_settings
 
