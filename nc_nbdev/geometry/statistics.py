@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/geometry/statistics.html.md"""
 # %% auto #0
 __all__ = ['ROUNDING', 'ClassStatistics', 'as_tensor', 'centre_rows']
 
-# %% ../../nbs/geometry/10_statistics.ipynb #d9cb03dd
+# %% ../../nbs/geometry/10_statistics.ipynb #e1c46e66
 from collections.abc import Iterator
 from copy import deepcopy
 from operator import index
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../../nbs/geometry/10_statistics.ipynb #bcb267d0
+# %% ../../nbs/geometry/10_statistics.ipynb #e5e08705
 class ClassStatistics:
     "Counts, means and within-class scatter of each class, from one pass over features; float64 whatever their dtype."
 
@@ -50,7 +50,7 @@ class ClassStatistics:
         "Where the state lives."
         return self.means.device
 
-# %% ../../nbs/geometry/10_statistics.ipynb #2ab1b217
+# %% ../../nbs/geometry/10_statistics.ipynb #658cd4d3
 def _check_sizes(num_classes, dim, within):
     "K, D and the kind of scatter, or a ValueError."
     K = _check_whole(num_classes, 2, "num_classes", "the number of classes, and collapse compares at least two")
@@ -59,7 +59,7 @@ def _check_sizes(num_classes, dim, within):
         raise ValueError(f"within is {within!r}: expected 'trace' (no D x D matrix) or 'full' (for nc1_pinv and vci)")
     return K, D, within
 
-# %% ../../nbs/geometry/10_statistics.ipynb #3581de9a
+# %% ../../nbs/geometry/10_statistics.ipynb #393eb2bf
 def _check_whole(value, least, name, meaning) -> int:
     "The value as an int, or a ValueError."
     try: whole = index(value)  # takes Python's, NumPy's and PyTorch's integers, but not 2.5 and not "3"
@@ -68,7 +68,7 @@ def _check_whole(value, least, name, meaning) -> int:
         raise ValueError(f"{name} is {value!r}: expected {meaning}, a whole number >= {least}")
     return whole
 
-# %% ../../nbs/geometry/10_statistics.ipynb #12d1e3a6
+# %% ../../nbs/geometry/10_statistics.ipynb #b2a0883d
 def _check_class_counts(class_counts, K, within, device):
     "The expected counts as (K,) int64 or None, or a ValueError."
     if class_counts is None: return None
@@ -79,7 +79,7 @@ def _check_class_counts(class_counts, K, within, device):
         raise ValueError(f"class_counts is {class_counts}: expected {K} positive whole numbers, one for each class")
     return class_counts.to(torch.int64)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #f27cd2fe
+# %% ../../nbs/geometry/10_statistics.ipynb #f5bbfe60
 def as_tensor(
     values: Tensor,  # a tensor, an array, or a list of numbers
     name: str,  # what to call them in an error
@@ -92,7 +92,7 @@ def as_tensor(
         seen = "None" if values is None else f"a {type(values).__name__}"
         raise ValueError(f"{name} is {seen}: expected a tensor, or an array of numbers ({error})") from error
 
-# %% ../../nbs/geometry/10_statistics.ipynb #6ef1894f
+# %% ../../nbs/geometry/10_statistics.ipynb #f3bbce65
 def _check_batch(H, y, K, D, device):
     "Features and labels as plain tensors on the device, or a ValueError that says what was seen."
     H, y = as_tensor(H, "H (features)"), as_tensor(y, "y (labels)")
@@ -110,7 +110,7 @@ def _check_batch(H, y, K, D, device):
     if not H.sum().isfinite(): _check_finite(H)
     return H, y
 
-# %% ../../nbs/geometry/10_statistics.ipynb #3c64c81f
+# %% ../../nbs/geometry/10_statistics.ipynb #5f6e2406
 def _check_finite(H):
     "ValueError if a feature is NaN or infinite. Finite features whose sum overflows (float16) pass."
     bad = (~H.isfinite()).any(1)  # (B,)
@@ -118,13 +118,13 @@ def _check_finite(H):
         raise ValueError(f"{int(bad.sum())} of {len(H)} feature rows hold NaN or infinity, the first is row "
                          f"{int(bad.nonzero()[0])}: did the training diverge?")
 
-# %% ../../nbs/geometry/10_statistics.ipynb #bffe9a37
+# %% ../../nbs/geometry/10_statistics.ipynb #6e82541c
 def _chunks(H: Tensor, y: Tensor, K: int) -> Iterator[tuple[Tensor, Tensor]]:
     "Pieces of a batch: float64 copies (never views of the caller's tensor) and their labels."
-    rows = max(H.shape[1] // 2, 2 * K, 2**15 // H.shape[1])
+    rows = max(H.shape[1] // 4, 2 * K, 2**15 // H.shape[1])
     for h, c in zip(H.split(rows), y.split(rows), strict=True): yield h.to(torch.float64, copy=True), c
 
-# %% ../../nbs/geometry/10_statistics.ipynb #67f3eac6
+# %% ../../nbs/geometry/10_statistics.ipynb #23abc0d3
 @patch
 @torch.no_grad()
 def update(
@@ -139,7 +139,7 @@ def update(
     for x, c in _chunks(H, y, self.num_classes): self._add_chunk(x, c)
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #985dcc9c
+# %% ../../nbs/geometry/10_statistics.ipynb #0fe2a31d
 @patch
 def _add_chunk(self: ClassStatistics, x, y):
     "Merge samples x (B, D), which are overwritten, with labels y (B,)."
@@ -157,12 +157,12 @@ def _add_chunk(self: ClassStatistics, x, y):
     if self.class_counts is not None: x *= self.class_counts[y].double().rsqrt()[:, None]
     _add_gram(self._scatter, x)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #89a5b8be
+# %% ../../nbs/geometry/10_statistics.ipynb #98a9b50d
 def _subtract(x: Tensor, rows: Tensor, index: Tensor, part: int = 64):
     "x -= rows[index] in place; in parts, since rows[index] is as large as x."
     for a, c in zip(x.split(part), index.split(part), strict=True): a -= rows.index_select(0, c)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #7a9193e8
+# %% ../../nbs/geometry/10_statistics.ipynb #a01537ea
 def _add_gram(S: Tensor, X: Tensor, tile: int = 96):
     "S += X^T X, tiles on and below the diagonal only; S (D, D), X (B, D)."
     if S.device.type != "cpu": tile = len(S)  # a GPU prefers one large product
@@ -170,7 +170,7 @@ def _add_gram(S: Tensor, X: Tensor, tile: int = 96):
         panel = X[:, i : i + tile].contiguous()  # (B, tile): without the copy the product is half as fast
         S[i : i + tile, : i + tile].addmm_(panel.T, X[:, : i + tile])
 
-# %% ../../nbs/geometry/10_statistics.ipynb #6799a628
+# %% ../../nbs/geometry/10_statistics.ipynb #cacfd146
 def _mirror(S: Tensor, tile: int = 96) -> Tensor:
     "Copy the lower triangle onto the upper, in place."
     for i in range(0, len(S), tile):
@@ -179,7 +179,7 @@ def _mirror(S: Tensor, tile: int = 96) -> Tensor:
         corner.copy_(corner.tril() + corner.tril(-1).T)
     return S
 
-# %% ../../nbs/geometry/10_statistics.ipynb #ea4223d9
+# %% ../../nbs/geometry/10_statistics.ipynb #17d88fae
 @patch(cls_method=True)
 @torch.no_grad()
 def from_features(
@@ -201,17 +201,17 @@ def from_features(
     if within == "full": self._features = [(H, y, _version(H), _version(y))]
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #74b7fc80
+# %% ../../nbs/geometry/10_statistics.ipynb #d2f9458c
 def _float64_device(H):
     "The device of H, or the CPU where the device has no float64 (Apple's MPS)."
     return torch.device("cpu") if H.device.type == "mps" else H.device
 
-# %% ../../nbs/geometry/10_statistics.ipynb #4911da59
+# %% ../../nbs/geometry/10_statistics.ipynb #4a758fd3
 def _version(t):
     "How often a tensor was written to, to notice that features changed after they were read."
     return None if t.is_inference() else t._version
 
-# %% ../../nbs/geometry/10_statistics.ipynb #0e4590e6
+# %% ../../nbs/geometry/10_statistics.ipynb #333a6d17
 @patch
 def _residuals(self: ClassStatistics, weights=None) -> Iterator[Tensor]:
     "Pieces of the features in memory, centred at their class means: sqrt(w_y) (h - mu_y), (B, D) each."
@@ -223,7 +223,7 @@ def _residuals(self: ClassStatistics, weights=None) -> Iterator[Tensor]:
             if weights is not None: x *= weights[c].sqrt()[:, None]
             yield x
 
-# %% ../../nbs/geometry/10_statistics.ipynb #a4c4f0d8
+# %% ../../nbs/geometry/10_statistics.ipynb #08dfb1a3
 @patch
 def _scatter_of_features(self: ClassStatistics, weights=None) -> Tensor:  # (D, D)
     "sum_i w_{y_i} (h_i - mu_{y_i})(h_i - mu_{y_i})^T over the features in memory."
@@ -231,7 +231,7 @@ def _scatter_of_features(self: ClassStatistics, weights=None) -> Tensor:  # (D, 
     for x in self._residuals(weights): _add_gram(S, x)
     return _mirror(S)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #82553725
+# %% ../../nbs/geometry/10_statistics.ipynb #f638b0f9
 @patch
 def _keep_scatter(self: ClassStatistics):
     "Let go of features in memory: from here on the scatter is kept, as in a stream."
@@ -239,7 +239,7 @@ def _keep_scatter(self: ClassStatistics):
     weights = None if self.class_counts is None else 1 / self.class_counts.double()
     self._scatter, self._features = self._scatter_of_features(weights), []
 
-# %% ../../nbs/geometry/10_statistics.ipynb #7daabfaa
+# %% ../../nbs/geometry/10_statistics.ipynb #bd6a9d50
 @patch(as_prop=True)
 def scatter(self: ClassStatistics) -> Tensor | None:
     "(D, D) sum of the classes' scatter, each weighted by 1/class_counts if those were given; None with within='trace'."
@@ -248,14 +248,14 @@ def scatter(self: ClassStatistics) -> Tensor | None:
         return self._cached("scatter", lambda: self._scatter_of_features(weights))
     return None if self._scatter is None else _mirror(self._scatter)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #aa1014d8
+# %% ../../nbs/geometry/10_statistics.ipynb #cd45928b
 @patch
 def _cached(self: ClassStatistics, key, compute):
     "The result of compute(), remembered until the next update."
     if key not in self._cache: self._cache[key] = compute()
     return self._cache[key]
 
-# %% ../../nbs/geometry/10_statistics.ipynb #57e6a18b
+# %% ../../nbs/geometry/10_statistics.ipynb #eba9e0cc
 @patch
 def __add__(self: ClassStatistics, other: ClassStatistics) -> ClassStatistics:
     "The statistics of both sets of samples together. Raises ValueError unless K, D, within and class_counts agree."
@@ -268,13 +268,13 @@ def __add__(self: ClassStatistics, other: ClassStatistics) -> ClassStatistics:
     merged._merge(other)
     return merged
 
-# %% ../../nbs/geometry/10_statistics.ipynb #e6c781af
+# %% ../../nbs/geometry/10_statistics.ipynb #d2dbbf71
 @patch
 def __radd__(self: ClassStatistics, other):
     "So that sum([a, b, c]) works, which starts at 0."
     return self._copy() if isinstance(other, int) and other == 0 else NotImplemented
 
-# %% ../../nbs/geometry/10_statistics.ipynb #4f01074a
+# %% ../../nbs/geometry/10_statistics.ipynb #d6a258bc
 @patch
 def _copy(self: ClassStatistics) -> ClassStatistics:
     "An independent copy of the state; features in memory are referred to, not copied."
@@ -283,7 +283,7 @@ def _copy(self: ClassStatistics) -> ClassStatistics:
     vars(new).update(copy, _features=list(features), _cache={})
     return new
 
-# %% ../../nbs/geometry/10_statistics.ipynb #e9263c15
+# %% ../../nbs/geometry/10_statistics.ipynb #5bb26fcc
 @patch
 def _merge(self: ClassStatistics, other):
     "Merge other into self, by Chan's formulas."
@@ -300,14 +300,14 @@ def _merge(self: ClassStatistics, other):
     self._scatter += other.scatter.to(self.device)
     _add_gram(self._scatter, delta * gain.sqrt()[:, None])
 
-# %% ../../nbs/geometry/10_statistics.ipynb #7ff3104e
+# %% ../../nbs/geometry/10_statistics.ipynb #f054e390
 @patch
 def _signature(self: ClassStatistics) -> dict:
     "What two statistics must share to be merged."
     counts = None if self.class_counts is None else self.class_counts.tolist()
     return {"num_classes": self.num_classes, "dim": self.dim, "within": self.within, "class_counts": counts}
 
-# %% ../../nbs/geometry/10_statistics.ipynb #e474b040
+# %% ../../nbs/geometry/10_statistics.ipynb #a7f4e17d
 def _check_alike(signatures):
     "ValueError naming the first difference between statistics that should be merged."
     for other in signatures[1:]:
@@ -315,7 +315,7 @@ def _check_alike(signatures):
             if other[name] != value:
                 raise ValueError(f"cannot merge statistics with {name}={value} and {name}={other[name]}: make them alike")
 
-# %% ../../nbs/geometry/10_statistics.ipynb #dee98b75
+# %% ../../nbs/geometry/10_statistics.ipynb #beb6a8c3
 @patch
 @torch.no_grad()
 def all_reduce(
@@ -335,7 +335,7 @@ def all_reduce(
     vars(self).update(vars(total))
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #a9d93d1b
+# %% ../../nbs/geometry/10_statistics.ipynb #82fd1f6e
 @patch
 def _broadcast(self: ClassStatistics, rank, group) -> ClassStatistics:
     "The state of the process of this rank."
@@ -344,7 +344,7 @@ def _broadcast(self: ClassStatistics, rank, group) -> ClassStatistics:
         if t is not None: dist.broadcast(t, src=rank, group=group)
     return state
 
-# %% ../../nbs/geometry/10_statistics.ipynb #0d506f04
+# %% ../../nbs/geometry/10_statistics.ipynb #21d26310
 @patch
 def require_samples(self: ClassStatistics):
     "ValueError naming the classes without samples, if there are any."
@@ -354,7 +354,7 @@ def require_samples(self: ClassStatistics):
         raise ValueError(f"{len(empty)} of {self.num_classes} classes have no samples ({names}): every class needs at "
                          f"least one; feed more data, or relabel the classes that occur as 0..K-1")
 
-# %% ../../nbs/geometry/10_statistics.ipynb #9733186b
+# %% ../../nbs/geometry/10_statistics.ipynb #6ae9ff6a
 @patch
 def _class_weights(self: ClassStatistics, weighting) -> Tensor:  # (K,), sums to 1
     "1/K for each class, or n_c/N."
@@ -363,7 +363,7 @@ def _class_weights(self: ClassStatistics, weighting) -> Tensor:  # (K,), sums to
     if weighting == "sample": return self.counts / self.counts.sum().double()
     raise ValueError(f"weighting is {weighting!r}: expected 'class' (classes count equally) or 'sample'")
 
-# %% ../../nbs/geometry/10_statistics.ipynb #5d50b17a
+# %% ../../nbs/geometry/10_statistics.ipynb #698b34f2
 @patch
 def global_mean(
     self: ClassStatistics,
@@ -372,7 +372,7 @@ def global_mean(
     "mu_G. Raises ValueError if a class is empty."
     return self._class_weights(weighting) @ self.means
 
-# %% ../../nbs/geometry/10_statistics.ipynb #0f8b755f
+# %% ../../nbs/geometry/10_statistics.ipynb #0cffd3eb
 @patch
 def centred_means(
     self: ClassStatistics,
@@ -381,7 +381,7 @@ def centred_means(
     "The class means seen from the global mean. Raises ValueError if a class is empty."
     return centre_rows(self.means, self.global_mean(weighting))
 
-# %% ../../nbs/geometry/10_statistics.ipynb #33e320da
+# %% ../../nbs/geometry/10_statistics.ipynb #ed2df56c
 def centre_rows(
     rows: Tensor,  # (K, D) float64, not yet centred
     centre: Tensor,  # (D,) float64
@@ -390,10 +390,10 @@ def centre_rows(
     M = rows - centre
     return M * (M.norm(dim=1) > ROUNDING * rows.norm(dim=1).max())[:, None]
 
-# %% ../../nbs/geometry/10_statistics.ipynb #92750fff
+# %% ../../nbs/geometry/10_statistics.ipynb #a8562e0a
 ROUNDING = 1e-12  # of the longest class mean: differences of means below this are rounding errors of float64
 
-# %% ../../nbs/geometry/10_statistics.ipynb #2854ddb0
+# %% ../../nbs/geometry/10_statistics.ipynb #5932b2b1
 @patch
 def class_variances(
     self: ClassStatistics,
@@ -405,7 +405,7 @@ def class_variances(
         raise ValueError(f"class {int(self.counts.argmin())} has {int(self.counts.min())} samples: ddof={ddof} needs more")
     return self.class_scatter / (self.counts - ddof)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #0e0a9c55
+# %% ../../nbs/geometry/10_statistics.ipynb #be2f9507
 @patch
 def within_trace(
     self: ClassStatistics,
@@ -414,7 +414,7 @@ def within_trace(
     "tr Sigma_W, the mean squared distance to the class mean. Raises ValueError if a class is empty."
     return (self._class_weights(weighting) * self.class_variances()).sum().item()
 
-# %% ../../nbs/geometry/10_statistics.ipynb #cb8fa80a
+# %% ../../nbs/geometry/10_statistics.ipynb #615f5bfb
 @patch
 def between_trace(
     self: ClassStatistics,
@@ -423,7 +423,7 @@ def between_trace(
     "tr Sigma_B, the mean squared distance of class means to the global mean. Raises ValueError if a class is empty."
     return self.centred_means(weighting).square().sum().item() / self.num_classes
 
-# %% ../../nbs/geometry/10_statistics.ipynb #8dd08e91
+# %% ../../nbs/geometry/10_statistics.ipynb #122670f3
 @patch
 def within_covariance(
     self: ClassStatistics,
@@ -436,14 +436,14 @@ def within_covariance(
         return self._cached(f"Sigma_W {weighting}", lambda: self._scatter_of_features(weights)).clone()
     return self.scatter * self._scatter_scale(weights)
 
-# %% ../../nbs/geometry/10_statistics.ipynb #2f637d93
+# %% ../../nbs/geometry/10_statistics.ipynb #a684eccb
 @patch
 def _require_full(self: ClassStatistics):
     "ValueError if no covariance was kept."
     if self.within != "full":
         raise ValueError("within='trace' keeps no covariance: build ClassStatistics(..., within='full') or from_features")
 
-# %% ../../nbs/geometry/10_statistics.ipynb #491ca51e
+# %% ../../nbs/geometry/10_statistics.ipynb #5d323d29
 @patch
 def _scatter_scale(self: ClassStatistics, weights) -> float:
     "The factor from the kept scatter to sum_c weights_c S_c, or a ValueError if no factor will do."
@@ -456,7 +456,7 @@ def _scatter_scale(self: ClassStatistics, weights) -> float:
     raise ValueError(f"the scatter was weighted for class_counts={self.class_counts.tolist()}, the classes now have "
                      f"{self.counts.tolist()} samples: use weighting='class' once all samples have been read")
 
-# %% ../../nbs/geometry/10_statistics.ipynb #d1e26a0e
+# %% ../../nbs/geometry/10_statistics.ipynb #bf8753d9
 @patch
 def between_covariance(
     self: ClassStatistics,
@@ -466,7 +466,7 @@ def between_covariance(
     M = self.centred_means(weighting)
     return M.T @ M / self.num_classes
 
-# %% ../../nbs/geometry/10_statistics.ipynb #df039754
+# %% ../../nbs/geometry/10_statistics.ipynb #b294fde7
 @patch
 @torch.no_grad()
 def within_along(

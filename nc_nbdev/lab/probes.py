@@ -12,7 +12,7 @@ __all__ = ['TRANSFORMS', 'PENALTIES', 'MEASURES', 'VERSION', 'OTHER_DATA', 'Feat
            'fine_labels', 'feature_tasks', 'measure_transfer', 'as_history', 'measure_runs', 'pixel_task', 'fine_tune',
            'fine_tune_history', 'adapt_images', 'font_letters', 'other_data', 'other_task', 'other_data_history']
 
-# %% ../../nbs/lab/90_probes.ipynb #b40ea9e4
+# %% ../../nbs/lab/90_probes.ipynb #43634abc
 import hashlib
 import json
 import os
@@ -35,7 +35,7 @@ from .settings import RunConfig
 from .taps import evaluating, layer_features
 from .training import make_learner, train
 
-# %% ../../nbs/lab/90_probes.ipynb #aa873f17
+# %% ../../nbs/lab/90_probes.ipynb #9dec9297
 @dataclass
 class FeatureTask:
     "Frozen features with two labellings: the coarse classes the network was trained on and the fine ones to be found."
@@ -50,7 +50,7 @@ class FeatureTask:
     @property
     def num_classes(self) -> int: return int(self.fine.max()) + 1
 
-# %% ../../nbs/lab/90_probes.ipynb #3ab092e6
+# %% ../../nbs/lab/90_probes.ipynb #9b40a1e8
 def _check_task(task):
     "Raise `ValueError` for features and labels that do not belong together."
     for split, H, labels in (("train", task.train, (task.fine, task.coarse)), ("test", task.test, (task.fine_test, task.coarse_test))):
@@ -63,7 +63,7 @@ def _check_task(task):
     if counts.min() < 2: raise ValueError(f"class {int(counts.argmin())} has {int(counts.min())} train samples, expected at least 2 of each")
     if task.fine_test.max() >= len(counts): raise ValueError(f"test label {int(task.fine_test.max())}: the train labels end at {len(counts) - 1}")
 
-# %% ../../nbs/lab/90_probes.ipynb #8713c742
+# %% ../../nbs/lab/90_probes.ipynb #e33bc9d1
 TRANSFORMS = ("raw", "standardised", "whitened")
 
 def fit_transform(
@@ -83,7 +83,7 @@ def fit_transform(
         scale = torch.where(s > cut * s.max(), 1 / s, 0.0)
     return lambda h: (h.double() - mu) @ scale if kind == "whitened" else (h.double() - mu) * scale
 
-# %% ../../nbs/lab/90_probes.ipynb #54cc5e2b
+# %% ../../nbs/lab/90_probes.ipynb #56c336e2
 def _whitening(H, coarse, cut):
     "Sigma_W^(-1/2) in the eigenvectors of Sigma_W, without the directions of no spread: (D, D')."
     if coarse is None: raise ValueError("kind='whitened' needs the coarse labels")
@@ -95,7 +95,7 @@ def _whitening(H, coarse, cut):
     if not keep.any(): raise ValueError("features have no spread within the coarse classes: nothing to whiten")
     return V[:, keep] / variance[keep].sqrt()
 
-# %% ../../nbs/lab/90_probes.ipynb #f3130bf9
+# %% ../../nbs/lab/90_probes.ipynb #e3c55a52
 @dataclass(frozen=True)
 class LogisticFit:
     "A fitted logistic regression."
@@ -106,9 +106,9 @@ class LogisticFit:
 
     def scores(self, X: Tensor) -> Tensor:
         "Logits (B, K) of features (B, D)."
-        return X @ self.weights[:, :-1].T + self.weights[:, -1]
+        return X.double() @ self.weights[:, :-1].T + self.weights[:, -1]
 
-# %% ../../nbs/lab/90_probes.ipynb #ab0d7183
+# %% ../../nbs/lab/90_probes.ipynb #97ac77b7
 class _Objective:
     "f(A), its gradient and Hessian at one A for X (N, D+1) with ones last, Y (N, K) one-hot."
     def __init__(self, X, Y, ridge): self.X, self.Y, self.ridge = X, Y, ridge   # ridge (D+1,): 1/(CN), 0 for the intercept
@@ -132,7 +132,7 @@ class _Objective:
         # saturated probabilities leave blocks singular; a preconditioner need only be close, so a little is added to the diagonal
         return torch.linalg.cholesky(B + torch.diag_embed(1e-10 * B.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).expand(B.shape[:2]) + 1e-300))
 
-# %% ../../nbs/lab/90_probes.ipynb #88906b2f
+# %% ../../nbs/lab/90_probes.ipynb #a1e5a3e1
 def _newton_step(objective, G, max_iterations=500):
     "Solve Hessian S = -G by preconditioned conjugate gradients; fewer digits far from the optimum (a truncated Newton method)."
     L = objective.blocks()
@@ -151,7 +151,7 @@ def _newton_step(objective, G, max_iterations=500):
         D = Z + rz / old * D
     return S
 
-# %% ../../nbs/lab/90_probes.ipynb #3524d3b4
+# %% ../../nbs/lab/90_probes.ipynb #f05e8d16
 def fit_logistic(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels 0..K-1, every class there
@@ -178,7 +178,7 @@ def fit_logistic(
     if gap >= tol: warnings.warn(f"logistic regression: gap {gap:.1e} after {step} steps, wanted {tol:.1e}", stacklevel=2)
     return LogisticFit(A, value, gap, step)
 
-# %% ../../nbs/lab/90_probes.ipynb #07c1601c
+# %% ../../nbs/lab/90_probes.ipynb #431c2724
 def _line_search(objective, A, S, value, gap):
     "Halve the Newton step until the objective falls (Armijo); A and its value."
     for t in 0.5 ** np.arange(30):
@@ -186,7 +186,7 @@ def _line_search(objective, A, S, value, gap):
         if new <= value - 1e-4 * t * 2 * gap + 1e-15: return A + t * S, new
     return A, objective.at(A)
 
-# %% ../../nbs/lab/90_probes.ipynb #a50c7ef1
+# %% ../../nbs/lab/90_probes.ipynb #c967239a
 PENALTIES = tuple(10.0 ** k for k in range(-2, 7))
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class ProbeResult:
     gap: float             # distance of the objective to its minimum, see `fit_logistic`
     predictions: Tensor    # (N',) int64
 
-# %% ../../nbs/lab/90_probes.ipynb #29506882
+# %% ../../nbs/lab/90_probes.ipynb #307ebf39
 def hold_out(
     y: Tensor,               # (N,) int64 labels
     share: float = 0.2,      # of each class
@@ -213,7 +213,7 @@ def hold_out(
         held[members[:max(1, int(share * len(members)))]] = True
     return held
 
-# %% ../../nbs/lab/90_probes.ipynb #b20344df
+# %% ../../nbs/lab/90_probes.ipynb #c98dbe1e
 def choose_penalty(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels
@@ -226,11 +226,11 @@ def choose_penalty(
     for C in penalties:
         fit = fit_logistic(X[~held], y[~held], C, start=None if fit is None else fit.weights, tol=1e-6)   # enough to choose by
         path.append((C, F.cross_entropy(fit.scores(X[held]), y[held]).item()))
-        if best is not None and path[-1][1] > best[2]: break
-        best = (C, fit, path[-1][1])
+        if best is None or path[-1][1] < best[2]: best = (C, fit, path[-1][1])
+        elif path[-1][1] > 1.2 * best[2]: break    # well past the minimum, not only over a bump on a plateau
     return *best[:2], path
 
-# %% ../../nbs/lab/90_probes.ipynb #5a6996c2
+# %% ../../nbs/lab/90_probes.ipynb #97daf5b1
 def linear_probe(
     task: FeatureTask,
     kind: str = "standardised",   # preparation, as in `fit_transform`
@@ -249,7 +249,7 @@ def linear_probe(
     fit = fit_logistic(X, task.fine, C, start)
     return ProbeResult(share(fit, X_test, task.fine_test), share(fit, X, task.fine), held_out, C, fit.gap, fit.scores(X_test).argmax(1))
 
-# %% ../../nbs/lab/90_probes.ipynb #8465e93a
+# %% ../../nbs/lab/90_probes.ipynb #62b80ac4
 def _clusters(task, k, seed):
     "Cluster the train residuals of coarse class k; clusters of its train and test samples, and the fine classes in it."
     from sklearn.cluster import KMeans
@@ -261,7 +261,7 @@ def _clusters(task, k, seed):
     test = means.predict((H_test - centre) / scale) if len(H_test) else np.zeros(0, int)
     return means.labels_, test, fine.cpu().numpy()
 
-# %% ../../nbs/lab/90_probes.ipynb #095148cb
+# %% ../../nbs/lab/90_probes.ipynb #ba3ce061
 def residual_kmeans(
     task: FeatureTask,
     seed: int = 0,
@@ -278,7 +278,7 @@ def residual_kmeans(
         right["test"] += (name[test_labels] == task.fine_test[task.coarse_test == k].cpu().numpy()).sum()
     return float(right["train"] / len(task.fine)), float(right["test"] / len(task.fine_test))
 
-# %% ../../nbs/lab/90_probes.ipynb #5d001a58
+# %% ../../nbs/lab/90_probes.ipynb #4c5a93f2
 def few_shot(
     task: FeatureTask,
     shots: int = 5,       # examples a class; all there are where a class has fewer
@@ -294,7 +294,7 @@ def few_shot(
         right.append((nearest_centre(task.test, centres) == task.fine_test).double().mean().item())
     return float(np.mean(right))
 
-# %% ../../nbs/lab/90_probes.ipynb #73d3b5df
+# %% ../../nbs/lab/90_probes.ipynb #07ac48d1
 def _probe(kind, **options):
     "A measure: the probe's accuracy, its penalty, its gap, and its accuracy on held-out train samples."
     def measure(task):
@@ -312,7 +312,7 @@ MEASURES = {
     "residual_kmeans": lambda task: dict(zip(("residual_kmeans", "residual_kmeans_test"), residual_kmeans(task), strict=True)),
 }
 
-# %% ../../nbs/lab/90_probes.ipynb #f77433c7
+# %% ../../nbs/lab/90_probes.ipynb #187e86a2
 def fine_labels(
     data: ImageData,  # of a run
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:  # train (N,), test (N',), names
@@ -334,7 +334,7 @@ def feature_tasks(
     move = lambda y: y.to(coarse.device)
     return {layer: FeatureTask(train[layer], move(fine), coarse, test[layer], move(fine_test), coarse_test) for layer in layers}
 
-# %% ../../nbs/lab/90_probes.ipynb #26283288
+# %% ../../nbs/lab/90_probes.ipynb #229827ea
 VERSION = 1   # goes up when a measure changes, so that answers kept on disk are not taken for new ones
 
 def _kept(file, keys, compute):
@@ -347,7 +347,7 @@ def _kept(file, keys, compute):
         with atomic(file) as draft: draft.write_text(json.dumps(known))
     return {k: known[k] for k in keys}
 
-# %% ../../nbs/lab/90_probes.ipynb #00dd5fbb
+# %% ../../nbs/lab/90_probes.ipynb #e6793981
 def measure_transfer(
     run: Run,
     measures: Sequence[str] = tuple(MEASURES),   # names in `MEASURES`
@@ -365,7 +365,7 @@ def measure_transfer(
             for epoch, layer, _ in [key.split("/")] for measure, value in values.items()]
     return as_history(run, rows)
 
-# %% ../../nbs/lab/90_probes.ipynb #16792502
+# %% ../../nbs/lab/90_probes.ipynb #3e4b8897
 def _snapshots(run, epochs):
     "The epochs to ask about, default all snapshots. Raises `ValueError` for a run without any."
     epochs = snapshot_epochs(run.config) if epochs is None else tuple(epochs)
@@ -393,7 +393,7 @@ def as_history(
     return pd.DataFrame([dict(run=run.folder.name, seed=run.config.seed, epoch=e, split=split, layer=layer, measure=m, value=v)
                          for e, layer, m, v in rows], columns=["run", "seed", "epoch", "split", "layer", "measure", "value"])
 
-# %% ../../nbs/lab/90_probes.ipynb #ce09c476
+# %% ../../nbs/lab/90_probes.ipynb #facd52e3
 def measure_runs(
     jobs,                   # iterable of (function, run, arguments by name); a function such as `measure_transfer`
     device="cpu",           # torch.device or name; MPS has no float64 and is replaced by the CPU
@@ -405,7 +405,7 @@ def measure_runs(
     n_jobs = n_jobs or (os.cpu_count() if device == "cpu" else 1)
     return Parallel(n_jobs=max(1, min(n_jobs, len(jobs))))(delayed(f)(run, **kwargs, device=device) for f, run, kwargs in jobs)
 
-# %% ../../nbs/lab/90_probes.ipynb #05284cc3
+# %% ../../nbs/lab/90_probes.ipynb #7a8f93cc
 def pixel_task(
     data: ImageData,
     max_dim: int = 256,   # principal components kept of larger images
@@ -419,7 +419,7 @@ def pixel_task(
         X, X_test = (X - mu) @ V, (X_test - mu) @ V
     return FeatureTask(X, fine, data.train_labels, X_test, fine_test, data.test_labels)
 
-# %% ../../nbs/lab/90_probes.ipynb #93a18958
+# %% ../../nbs/lab/90_probes.ipynb #486ce62b
 def _fine_data(data):
     "The same images with the fine labels as the task."
     fine, fine_test, classes = fine_labels(data)
@@ -446,7 +446,7 @@ def fine_tune(
     with one_thread(): train(learn, config)
     return _test_accuracy(learn.model, learn.test_dl)
 
-# %% ../../nbs/lab/90_probes.ipynb #feff8d5e
+# %% ../../nbs/lab/90_probes.ipynb #f897529a
 def _test_accuracy(model, dl):
     "Share of samples classified right."
     with evaluating(model), torch.no_grad(): right = torch.cat([model(x).argmax(1) == y for x, y in dl])
@@ -464,7 +464,7 @@ def fine_tune_history(
     values = _kept(run.folder / f"fine-tune-{VERSION}.json", [str(e) for e in epochs], compute)
     return as_history(run, [(int(e), "output", "fine_tune", v) for e, v in values.items()])
 
-# %% ../../nbs/lab/90_probes.ipynb #b382ba66
+# %% ../../nbs/lab/90_probes.ipynb #12c6b91a
 def adapt_images(
     data: ImageData,
     shape: tuple[int, int, int],  # channels, height, width wanted
@@ -477,7 +477,7 @@ def adapt_images(
         return x.expand(-1, shape[0], -1, -1).round().clamp(0, 255).byte()
     return replace(data, train_images=adapt(data.train_images), test_images=adapt(data.test_images))
 
-# %% ../../nbs/lab/90_probes.ipynb #076cee2f
+# %% ../../nbs/lab/90_probes.ipynb #311fc2a9
 def _letter(character, font, generator, size):
     "A white capital on black at a random place, angle and size: (size, size) uint8."
     from PIL import Image, ImageDraw
@@ -488,7 +488,7 @@ def _letter(character, font, generator, size):
     margin = int(generator.integers(4, 12))
     return np.asarray(image.crop((margin, margin, 64 - margin, 64 - margin)).resize((size, size), Image.BILINEAR, reducing_gap=3.0))
 
-# %% ../../nbs/lab/90_probes.ipynb #b40ad8b7
+# %% ../../nbs/lab/90_probes.ipynb #82346c07
 def font_letters(
     size: int = 8,           # pixels a side
     per_class: int = 100,    # train images a letter; a quarter as many test images
@@ -509,7 +509,7 @@ def font_letters(
 
 _font_styles = {"Sans": ("", "-Bold", "-Oblique"), "Serif": ("", "-Bold", "-Italic"), "SansMono": ("", "-Bold")}
 
-# %% ../../nbs/lab/90_probes.ipynb #8ff23558
+# %% ../../nbs/lab/90_probes.ipynb #6aab9d8d
 OTHER_DATA = {"digits": ("mnist", "fashion_mnist"), "mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",),
               "cifar10": ("stl10", "cifar100"), "cifar100": ("cifar10",), "stl10": ("cifar10",), "svhn": ("mnist", "cifar10")}
 
@@ -527,7 +527,7 @@ def other_data(
         found.append(data.subset(*(min(per_class, n) for n in least)))
     return found, missing
 
-# %% ../../nbs/lab/90_probes.ipynb #97ba1b25
+# %% ../../nbs/lab/90_probes.ipynb #9e1c44ac
 def other_task(
     run: Run,
     epoch: int,          # snapshot
@@ -543,7 +543,7 @@ def other_task(
         parts += [features[layer], y, y]
     return FeatureTask(*parts)
 
-# %% ../../nbs/lab/90_probes.ipynb #c368c433
+# %% ../../nbs/lab/90_probes.ipynb #b7a3c356
 def other_data_history(
     run: Run,
     others: Sequence[ImageData],          # from `other_data`

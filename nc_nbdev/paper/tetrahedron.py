@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/paper/tetrahedron.html.md"""
 # %% auto #0
 __all__ = ['choose_classes', 'mean_directions', 'project']
 
-# %% ../../nbs/paper/05_tetrahedron.ipynb #2f61a096
+# %% ../../nbs/paper/05_tetrahedron.ipynb #79c7025a
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..geometry.statistics import ClassStatistics
 from ..lab.data import ImageData
 
-# %% ../../nbs/paper/05_tetrahedron.ipynb #5c01d6da
+# %% ../../nbs/paper/05_tetrahedron.ipynb #d2f80163
 def choose_classes(
     data: ImageData,
     classes: Sequence[int],  # their labels in `data`, each once
@@ -34,7 +34,7 @@ def choose_classes(
     return replace(data, **arrays, classes=tuple(data.classes[c] for c in classes), fine_train_labels=None,
                    fine_test_labels=None, fine_classes=(), clean_train_labels=None)
 
-# %% ../../nbs/paper/05_tetrahedron.ipynb #6e21469d
+# %% ../../nbs/paper/05_tetrahedron.ipynb #bc5f6f09
 def mean_directions(
     M: Tensor,                    # (K, D) centred class means
     dim: int | None = None,       # d, at most K-1 and D; default K-1
@@ -51,7 +51,7 @@ def mean_directions(
     A, _, Ct = torch.linalg.svd((M @ basis).T @ like.to(M))                                # (d, d)
     return basis @ (A @ Ct)
 
-# %% ../../nbs/paper/05_tetrahedron.ipynb #0c9b89ef
+# %% ../../nbs/paper/05_tetrahedron.ipynb #7097ac7e
 def project(
     H: Tensor,                # (N, D) features
     stats: ClassStatistics,   # of the train set

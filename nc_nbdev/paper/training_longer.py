@@ -13,7 +13,7 @@ __all__ = ['FALL', 'LOSS', 'LEFT', 'RANK', 'DECAYS', 'MORE_SEEDS', 'IDS', 'ASKED
            'correlation_over_snapshots', 'correlation_over_decays', 'claims_training_longer', 'kmeans_chance',
            'shuffle_within', 'run_training_longer']
 
-# %% ../../nbs/paper/20_training_longer.ipynb #3c0eb257
+# %% ../../nbs/paper/20_training_longer.ipynb #80ebef2e
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -31,13 +31,13 @@ from ..lab.probes import (feature_tasks, fine_tune_history, linear_probe, measur
 from ..lab.runs import Run, get_runs
 from ..lab.settings import RunConfig, Settings, get_settings, pick_device
 
-# %% ../../nbs/paper/20_training_longer.ipynb #262799ed
+# %% ../../nbs/paper/20_training_longer.ipynb #7ba41a30
 FALL, LOSS, LEFT, RANK = 0.05, -0.01, 0.75, 0.7   # bars of the falls, of the coarse task, of K-means, of the rank correlations
 DECAYS = (0.1, 0.3, 1.0)                          # of claim 6b, in units of the configuration's weight decay
 MORE_SEEDS = {"fine": 2, "pairs": 2}              # beyond those of the settings
 IDS = {"pairs": "ab", "binary": "cd", "animals_vehicles": "ef"}
 
-# %% ../../nbs/paper/20_training_longer.ipynb #a9df3d30
+# %% ../../nbs/paper/20_training_longer.ipynb #741dac98
 def partitions(
     config: RunConfig,
 ) -> tuple[str, ...]:  # names for `ImageData.coarsen`
@@ -54,7 +54,7 @@ def study_configs(
     decays = [round(config.weight_decay * f, 12) for f in DECAYS] if with_decays and config.weight_decay else []
     return tasks | {d: replace(config, coarse="pairs", weight_decay=d) for d in decays}
 
-# %% ../../nbs/paper/20_training_longer.ipynb #5627ebc7
+# %% ../../nbs/paper/20_training_longer.ipynb #062ae0eb
 def study_runs(
     settings: Settings,
     progress: bool = True,
@@ -66,7 +66,7 @@ def study_runs(
     runs = iter(get_runs([replace(c, seed=s) for tasks in plan.values() for t, c in tasks.items() for s in seeds(t)], settings, progress))
     return {pair: {task: [next(runs) for _ in seeds(task)] for task in tasks} for pair, tasks in plan.items()}
 
-# %% ../../nbs/paper/20_training_longer.ipynb #bb536ec7
+# %% ../../nbs/paper/20_training_longer.ipynb #9d2b596b
 ASKED = {"fine": ("probe_standardised", "probe_whitened", "few_shot"),
          "pairs": ("probe_raw", "probe_standardised", "probe_whitened", "probe_fixed", "few_shot", "residual_kmeans")}
 _coarse = ("probe_standardised", "probe_whitened", "probe_fixed", "few_shot", "residual_kmeans")   # of the other partitions
@@ -80,7 +80,7 @@ def _jobs(tasks, others):
             if task == "pairs": yield task, (fine_tune_history, run, {})
             if task == "fine": yield task, (other_data_history, run, dict(others=others))
 
-# %% ../../nbs/paper/20_training_longer.ipynb #f78b1567
+# %% ../../nbs/paper/20_training_longer.ipynb #c7190ae6
 def measure_tasks(
     tasks: Mapping,        # task -> runs, from `study_runs`
     settings: Settings,
@@ -93,7 +93,7 @@ def measure_tasks(
     for (task, _), table in zip(jobs, tables, strict=True): parts[task].append(table)
     return {task: pd.concat(found) for task, found in parts.items()}, missing
 
-# %% ../../nbs/paper/20_training_longer.ipynb #5f23525e
+# %% ../../nbs/paper/20_training_longer.ipynb #27824947
 def reference_lines(
     data,           # `ImageData` of a run
 ) -> dict:          # label -> accuracy
@@ -121,7 +121,7 @@ def plot_longer(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #432dfaa2
+# %% ../../nbs/paper/20_training_longer.ipynb #c637b09b
 def plot_collapse_and_transfer(
     histories: Mapping,   # task -> history, weight decays among the tasks
     title: str = "",
@@ -143,7 +143,7 @@ def plot_collapse_and_transfer(
     axes[0, 0].set_ylabel("probe accuracy, fine classes")
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #cf619438
+# %% ../../nbs/paper/20_training_longer.ipynb #83bf0036
 KINDS = {"probe_whitened": ("whitened, C chosen", "C2", "-"), "probe_standardised": ("standardised, C chosen (ordinary)", "C1", "-"),
          "probe_raw": ("raw, C chosen", "C3", "--"), "probe_fixed": ("standardised, C = 1", "C4", ":"),
          "residual_kmeans": ("K-means of residuals (train)", "C0", "-.")}
@@ -164,7 +164,7 @@ def plot_lost_or_small(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #801df82c
+# %% ../../nbs/paper/20_training_longer.ipynb #39ef56c1
 def plot_other_transfer(
     histories: Mapping,   # task -> history
     title: str = "",
@@ -183,7 +183,7 @@ def plot_other_transfer(
     axes[0].set_ylabel("test accuracy"); axes[0].set_ylim(0, 1.02)
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #ed6fce40
+# %% ../../nbs/paper/20_training_longer.ipynb #8ad79ad4
 def window(
     history: pd.DataFrame,
     measure: str,            # one measured at snapshots
@@ -205,7 +205,7 @@ def fall(
     table, (start, last) = curves(history, measure, split), window(history, snapshots or measure)
     return np.array([np.nan if np.isnan(e) else table.loc[e, s] - table.loc[last, s] for s, e in start.items()])
 
-# %% ../../nbs/paper/20_training_longer.ipynb #c02cb582
+# %% ../../nbs/paper/20_training_longer.ipynb #18cc2f33
 def rank_correlation(
     x, y,     # (n,) numbers
 ) -> float:   # Spearman's, 0 where one of them is constant
@@ -234,7 +234,7 @@ def correlation_over_decays(
     final = [(curves(h, "nc1_trace", "train").iloc[-1], curves(h, measure, split).iloc[-1]) for h in histories.values()]
     return [rank_correlation([nc1[s] for nc1, _ in final], [v[s] for _, v in final]) for s in final[0][0].index]
 
-# %% ../../nbs/paper/20_training_longer.ipynb #252cb4e3
+# %% ../../nbs/paper/20_training_longer.ipynb #d0ac35e3
 _hui, _yang = "Hui, Belkin, Nakkiran 2022, 2202.08384", "Yang, Steinhardt, Hu 2023, 2306.17105"
 
 def _coarse_claims(task, history, fine, **common):
@@ -249,7 +249,7 @@ def _coarse_claims(task, history, fine, **common):
               bar=LOSS, direction="at least", values=-fall(history, "accuracy", snapshots="probe_standardised"),
               control="the fine probe's change", control_values=-own, note=note, **common)]
 
-# %% ../../nbs/paper/20_training_longer.ipynb #86c4cdf8
+# %% ../../nbs/paper/20_training_longer.ipynb #42b63333
 def _further_claims(histories, chance, **common):
     "Claims 5g, 5h and 5y: few examples, other data, and what K-means finds."
     pairs, fine = histories["pairs"], histories["fine"]
@@ -263,7 +263,7 @@ def _further_claims(histories, chance, **common):
               quantity="agreement of K-means of residuals at T, pairs", bar=LEFT, direction="at least", values=left,
               control="fine labels shuffled within pairs", control_values=chance, **{**common, "source": _yang})]
 
-# %% ../../nbs/paper/20_training_longer.ipynb #59900124
+# %% ../../nbs/paper/20_training_longer.ipynb #73bbb5d3
 def claims_training_longer(
     histories: Mapping,      # task ("fine", "pairs", ... or a weight decay) -> tidy history, all seeds
     chance,                  # K-means agreement with shuffled fine labels, one a seed
@@ -283,7 +283,7 @@ def claims_training_longer(
               control="coarse test accuracy", control_values=correlation_over_decays(decays, "accuracy"), **common))
     return claims
 
-# %% ../../nbs/paper/20_training_longer.ipynb #18f33c2d
+# %% ../../nbs/paper/20_training_longer.ipynb #98d90563
 def kmeans_chance(
     run: Run,
 ) -> float:  # agreement on train images
@@ -305,7 +305,7 @@ def shuffle_within(
         shuffled[members] = fine[members[torch.randperm(len(members), generator=generator).to(members.device)]]
     return shuffled
 
-# %% ../../nbs/paper/20_training_longer.ipynb #c022bb3d
+# %% ../../nbs/paper/20_training_longer.ipynb #eac34eb8
 def run_training_longer(
     settings: Settings | None = None,  # default those of settings.ini
     progress: bool = True,             # show a bar while training

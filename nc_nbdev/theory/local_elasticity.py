@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry.means import nc2_etf
-from ..geometry.statistics import ClassStatistics
 
 # %% ../../nbs/theory/80_local_elasticity.ipynb #da2ac5f3
 Rate = float | Callable[[float], float]  # a constant, or a function of time
@@ -82,10 +81,10 @@ def expected_traces(
 def class_traces(
     X: Tensor,  # (runs, K, n, D)
 ) -> Tensor:  # (runs, 2): tr Sigma_W and tr Sigma_B of each run
-    "Within- and between-class variance, by `ClassStatistics`."
-    y = torch.arange(X.shape[1]).repeat_interleave(X.shape[2])
-    stats = [ClassStatistics.from_features(x.flatten(0, 1), y, num_classes=X.shape[1]) for x in X]
-    return torch.tensor([[float(s.within_trace()), float(s.between_trace())] for s in stats], dtype=torch.float64)
+    "Within- and between-class variance; from sums, since the common mean may grow beyond what differences of class means resolve."
+    mu = X.mean(dim=-2, keepdim=True)                                  # (runs, K, 1, D)
+    M = mu - mu.mean(dim=-3, keepdim=True)
+    return torch.stack([(X - mu).square().sum(-1).mean((-2, -1)), M.square().sum(-1).mean((-2, -1))], dim=-1)
 
 # %% ../../nbs/theory/80_local_elasticity.ipynb #eff1b44d
 def linearly_separable(
