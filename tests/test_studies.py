@@ -65,10 +65,11 @@ def test_command_writes_the_report(tiny_project, capsys):
     studies.main(["--studies", "train_vs_test", "--out", "report"])
     printed, out = capsys.readouterr().out, tiny_project / "report"
     claims = json.loads((out / "claims.json").read_text())
-    assert len(claims) == 6 and all(c["verdict"] in printed and c["control"] for c in claims)
+    assert [c["id"] for c in claims] == [f"{n}{part}{loss}" for loss in ("", ".2") for n in (1, 2, 3) for part in "ab"]
+    assert all(c["verdict"] in printed and c["control"] for c in claims)
     assert len(pd.read_parquet(out / "history.parquet")) > 100
     page = (out / "report.html").read_text()
-    assert page.count("<img alt=") == len(list((out / "figures").glob("*.png"))) == 1 and "http" not in page
+    assert page.count("<img alt=") == len(list((out / "figures").glob("*.png"))) == 2 and "http" not in page
 
 
 def test_a_second_call_reads(tiny_project, monkeypatch):
