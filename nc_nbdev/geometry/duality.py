@@ -33,7 +33,7 @@ def nc3_duality(
     squared: bool = False,  # the squared distance, as Papyan plots it
     row_normalised: bool = False,  # scale each row to norm 1, not the whole matrix
     weighting: str = "class",  # how mu_G is weighted
-) -> float:  # 0 (dual) to 2 (opposite); to 4 when squared
+) -> float:  # 0 (dual) to 2 (opposite), or to 2 sqrt(K) row by row; to the squares of these when squared
     "Distance of the classifier to the class means, both scaled to norm 1 (Papyan, Han, Donoho 2020)."
     W, M = _pair(W, source, centred, weighting)
     if row_normalised: W, M = unit_rows(W, "W"), unit_rows(M)

@@ -175,7 +175,7 @@ def riesz_uniformity(
 ) -> float:  # (1/s) log mean |u_c - u_c'|^-s: at least -log(2K/(K-1))/2; inf when two directions coincide
     "Riesz energy of the directions of the rows, as `log(E_s)/s` (Liu et al. 2023, 2303.06484). Lower is more uniform."
     log_d = _log_distances(source, centred, weighting)  # (K (K-1)/2,)
-    D = source.dim if isinstance(source, ClassStatistics) else source.shape[1]
+    D = source.dim if isinstance(source, ClassStatistics) else as_rows(source).shape[1]
     s = max(D - 2, 1) if exponent is None else exponent
     if not 0 < s < math.inf: raise ValueError(f"exponent is {s}: expected a positive finite number")
     return ((torch.logsumexp(-s * log_d, 0) - math.log(len(log_d))) / s).item()  # in logs: d^-s under- and overflows

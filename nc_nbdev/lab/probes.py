@@ -12,7 +12,7 @@ __all__ = ['TRANSFORMS', 'PENALTIES', 'MEASURES', 'VERSION', 'OTHER_DATA', 'Feat
            'fine_labels', 'feature_tasks', 'measure_transfer', 'as_history', 'measure_runs', 'pixel_task', 'fine_tune',
            'fine_tune_history', 'adapt_images', 'font_letters', 'other_data', 'other_task', 'other_data_history']
 
-# %% ../../nbs/lab/90_probes.ipynb #43634abc
+# %% ../../nbs/lab/90_probes.ipynb #53d6ab4d
 import hashlib
 import json
 import os
@@ -35,7 +35,7 @@ from .settings import RunConfig
 from .taps import evaluating, layer_features
 from .training import make_learner, train
 
-# %% ../../nbs/lab/90_probes.ipynb #9dec9297
+# %% ../../nbs/lab/90_probes.ipynb #d5f8a34f
 @dataclass
 class FeatureTask:
     "Frozen features with two labellings: the coarse classes the network was trained on and the fine ones to be found."
@@ -50,7 +50,7 @@ class FeatureTask:
     @property
     def num_classes(self) -> int: return int(self.fine.max()) + 1
 
-# %% ../../nbs/lab/90_probes.ipynb #9b40a1e8
+# %% ../../nbs/lab/90_probes.ipynb #9de6816a
 def _check_task(task):
     "Raise `ValueError` for features and labels that do not belong together."
     for split, H, labels in (("train", task.train, (task.fine, task.coarse)), ("test", task.test, (task.fine_test, task.coarse_test))):
@@ -63,9 +63,10 @@ def _check_task(task):
     if counts.min() < 2: raise ValueError(f"class {int(counts.argmin())} has {int(counts.min())} train samples, expected at least 2 of each")
     if task.fine_test.max() >= len(counts): raise ValueError(f"test label {int(task.fine_test.max())}: the train labels end at {len(counts) - 1}")
 
-# %% ../../nbs/lab/90_probes.ipynb #e33bc9d1
+# %% ../../nbs/lab/90_probes.ipynb #3219f736
 TRANSFORMS = ("raw", "standardised", "whitened")
 
+# %% ../../nbs/lab/90_probes.ipynb #92bae47b
 def fit_transform(
     H: Tensor,               # (N, D) train features
     kind: str,               # "raw", "standardised" or "whitened"
@@ -83,7 +84,7 @@ def fit_transform(
         scale = torch.where(s > cut * s.max(), 1 / s, 0.0)
     return lambda h: (h.double() - mu) @ scale if kind == "whitened" else (h.double() - mu) * scale
 
-# %% ../../nbs/lab/90_probes.ipynb #56c336e2
+# %% ../../nbs/lab/90_probes.ipynb #9334c882
 def _whitening(H, coarse, cut):
     "Sigma_W^(-1/2) in the eigenvectors of Sigma_W, without the directions of no spread: (D, D')."
     if coarse is None: raise ValueError("kind='whitened' needs the coarse labels")
@@ -95,7 +96,7 @@ def _whitening(H, coarse, cut):
     if not keep.any(): raise ValueError("features have no spread within the coarse classes: nothing to whiten")
     return V[:, keep] / variance[keep].sqrt()
 
-# %% ../../nbs/lab/90_probes.ipynb #e3c55a52
+# %% ../../nbs/lab/90_probes.ipynb #f61f1bb7
 @dataclass(frozen=True)
 class LogisticFit:
     "A fitted logistic regression."
@@ -108,7 +109,7 @@ class LogisticFit:
         "Logits (B, K) of features (B, D)."
         return X.double() @ self.weights[:, :-1].T + self.weights[:, -1]
 
-# %% ../../nbs/lab/90_probes.ipynb #97ac77b7
+# %% ../../nbs/lab/90_probes.ipynb #21c30b26
 class _Objective:
     "f(A), its gradient and Hessian at one A for X (N, D+1) with ones last, Y (N, K) one-hot."
     def __init__(self, X, Y, ridge): self.X, self.Y, self.ridge = X, Y, ridge   # ridge (D+1,): 1/(CN), 0 for the intercept
@@ -132,7 +133,7 @@ class _Objective:
         # saturated probabilities leave blocks singular; a preconditioner need only be close, so a little is added to the diagonal
         return torch.linalg.cholesky(B + torch.diag_embed(1e-10 * B.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).expand(B.shape[:2]) + 1e-300))
 
-# %% ../../nbs/lab/90_probes.ipynb #a1e5a3e1
+# %% ../../nbs/lab/90_probes.ipynb #59ec078f
 def _newton_step(objective, G, max_iterations=500):
     "Solve Hessian S = -G by preconditioned conjugate gradients; fewer digits far from the optimum (a truncated Newton method)."
     L = objective.blocks()
@@ -151,7 +152,7 @@ def _newton_step(objective, G, max_iterations=500):
         D = Z + rz / old * D
     return S
 
-# %% ../../nbs/lab/90_probes.ipynb #f05e8d16
+# %% ../../nbs/lab/90_probes.ipynb #89a491c8
 def fit_logistic(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels 0..K-1, every class there
@@ -178,7 +179,7 @@ def fit_logistic(
     if gap >= tol: warnings.warn(f"logistic regression: gap {gap:.1e} after {step} steps, wanted {tol:.1e}", stacklevel=2)
     return LogisticFit(A, value, gap, step)
 
-# %% ../../nbs/lab/90_probes.ipynb #431c2724
+# %% ../../nbs/lab/90_probes.ipynb #005d920a
 def _line_search(objective, A, S, value, gap):
     "Halve the Newton step until the objective falls (Armijo); A and its value."
     for t in 0.5 ** np.arange(30):
@@ -186,9 +187,10 @@ def _line_search(objective, A, S, value, gap):
         if new <= value - 1e-4 * t * 2 * gap + 1e-15: return A + t * S, new
     return A, objective.at(A)
 
-# %% ../../nbs/lab/90_probes.ipynb #c967239a
+# %% ../../nbs/lab/90_probes.ipynb #a55785fe
 PENALTIES = tuple(10.0 ** k for k in range(-2, 7))
 
+# %% ../../nbs/lab/90_probes.ipynb #b55b0acc
 @dataclass(frozen=True)
 class ProbeResult:
     "What a linear probe found."
@@ -199,7 +201,7 @@ class ProbeResult:
     gap: float             # distance of the objective to its minimum, see `fit_logistic`
     predictions: Tensor    # (N',) int64
 
-# %% ../../nbs/lab/90_probes.ipynb #307ebf39
+# %% ../../nbs/lab/90_probes.ipynb #63e00bdd
 def hold_out(
     y: Tensor,               # (N,) int64 labels
     share: float = 0.2,      # of each class
@@ -213,7 +215,7 @@ def hold_out(
         held[members[:max(1, int(share * len(members)))]] = True
     return held
 
-# %% ../../nbs/lab/90_probes.ipynb #c98dbe1e
+# %% ../../nbs/lab/90_probes.ipynb #efb1276b
 def choose_penalty(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels
@@ -230,7 +232,7 @@ def choose_penalty(
         elif path[-1][1] > 1.2 * best[2]: break    # well past the minimum, not only over a bump on a plateau
     return *best[:2], path
 
-# %% ../../nbs/lab/90_probes.ipynb #97daf5b1
+# %% ../../nbs/lab/90_probes.ipynb #03e0a20b
 def linear_probe(
     task: FeatureTask,
     kind: str = "standardised",   # preparation, as in `fit_transform`
@@ -249,7 +251,7 @@ def linear_probe(
     fit = fit_logistic(X, task.fine, C, start)
     return ProbeResult(share(fit, X_test, task.fine_test), share(fit, X, task.fine), held_out, C, fit.gap, fit.scores(X_test).argmax(1))
 
-# %% ../../nbs/lab/90_probes.ipynb #62b80ac4
+# %% ../../nbs/lab/90_probes.ipynb #cff43708
 def _clusters(task, k, seed):
     "Cluster the train residuals of coarse class k; clusters of its train and test samples, and the fine classes in it."
     from sklearn.cluster import KMeans
@@ -261,7 +263,7 @@ def _clusters(task, k, seed):
     test = means.predict((H_test - centre) / scale) if len(H_test) else np.zeros(0, int)
     return means.labels_, test, fine.cpu().numpy()
 
-# %% ../../nbs/lab/90_probes.ipynb #ba3ce061
+# %% ../../nbs/lab/90_probes.ipynb #c43c1988
 def residual_kmeans(
     task: FeatureTask,
     seed: int = 0,
@@ -278,7 +280,7 @@ def residual_kmeans(
         right["test"] += (name[test_labels] == task.fine_test[task.coarse_test == k].cpu().numpy()).sum()
     return float(right["train"] / len(task.fine)), float(right["test"] / len(task.fine_test))
 
-# %% ../../nbs/lab/90_probes.ipynb #4c5a93f2
+# %% ../../nbs/lab/90_probes.ipynb #5b9bc2e6
 def few_shot(
     task: FeatureTask,
     shots: int = 5,       # examples a class; all there are where a class has fewer
@@ -294,7 +296,7 @@ def few_shot(
         right.append((nearest_centre(task.test, centres) == task.fine_test).double().mean().item())
     return float(np.mean(right))
 
-# %% ../../nbs/lab/90_probes.ipynb #07ac48d1
+# %% ../../nbs/lab/90_probes.ipynb #eba198b7
 def _probe(kind, **options):
     "A measure: the probe's accuracy, its penalty, its gap, and its accuracy on held-out train samples."
     def measure(task):
@@ -312,7 +314,7 @@ MEASURES = {
     "residual_kmeans": lambda task: dict(zip(("residual_kmeans", "residual_kmeans_test"), residual_kmeans(task), strict=True)),
 }
 
-# %% ../../nbs/lab/90_probes.ipynb #187e86a2
+# %% ../../nbs/lab/90_probes.ipynb #6930153a
 def fine_labels(
     data: ImageData,  # of a run
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:  # train (N,), test (N',), names
@@ -321,7 +323,7 @@ def fine_labels(
     clean = data.train_labels if data.clean_train_labels is None else data.clean_train_labels
     return clean, data.test_labels, data.classes
 
-
+# %% ../../nbs/lab/90_probes.ipynb #89cec43d
 def feature_tasks(
     run: Run,
     epoch: int,              # one of its snapshots
@@ -334,9 +336,10 @@ def feature_tasks(
     move = lambda y: y.to(coarse.device)
     return {layer: FeatureTask(train[layer], move(fine), coarse, test[layer], move(fine_test), coarse_test) for layer in layers}
 
-# %% ../../nbs/lab/90_probes.ipynb #229827ea
+# %% ../../nbs/lab/90_probes.ipynb #2a2ddfae
 VERSION = 1   # goes up when a measure changes, so that answers kept on disk are not taken for new ones
 
+# %% ../../nbs/lab/90_probes.ipynb #29bdd834
 def _kept(file, keys, compute):
     "Values of `keys`: those in the JSON `file`, and what `compute(missing keys)` gives for the others, which is added to it."
     known = json.loads(file.read_text()) if file.exists() else {}
@@ -347,7 +350,7 @@ def _kept(file, keys, compute):
         with atomic(file) as draft: draft.write_text(json.dumps(known))
     return {k: known[k] for k in keys}
 
-# %% ../../nbs/lab/90_probes.ipynb #e6793981
+# %% ../../nbs/lab/90_probes.ipynb #79b0b9bb
 def measure_transfer(
     run: Run,
     measures: Sequence[str] = tuple(MEASURES),   # names in `MEASURES`
@@ -365,14 +368,14 @@ def measure_transfer(
             for epoch, layer, _ in [key.split("/")] for measure, value in values.items()]
     return as_history(run, rows)
 
-# %% ../../nbs/lab/90_probes.ipynb #3e4b8897
+# %% ../../nbs/lab/90_probes.ipynb #1ddc9520
 def _snapshots(run, epochs):
     "The epochs to ask about, default all snapshots. Raises `ValueError` for a run without any."
     epochs = snapshot_epochs(run.config) if epochs is None else tuple(epochs)
     if not epochs: raise ValueError(f"run {run.folder.name} keeps no weights (snapshots=0): train it with snapshots of at least 2")
     return epochs
 
-
+# %% ../../nbs/lab/90_probes.ipynb #979779b6
 def _ask(run, keys, device):
     "Values of the keys \"epoch/layer/measure\", one forward pass an epoch."
     wanted, values = [key.split("/") for key in keys], {}
@@ -383,7 +386,7 @@ def _ask(run, keys, device):
                 if int(e) == epoch: values[f"{e}/{layer}/{name}"] = MEASURES[name](tasks[layer])
     return values
 
-
+# %% ../../nbs/lab/90_probes.ipynb #d29a459f
 def as_history(
     run: Run,
     rows,               # tuples (epoch, layer, measure, value)
@@ -393,7 +396,7 @@ def as_history(
     return pd.DataFrame([dict(run=run.folder.name, seed=run.config.seed, epoch=e, split=split, layer=layer, measure=m, value=v)
                          for e, layer, m, v in rows], columns=["run", "seed", "epoch", "split", "layer", "measure", "value"])
 
-# %% ../../nbs/lab/90_probes.ipynb #facd52e3
+# %% ../../nbs/lab/90_probes.ipynb #2cb82b1c
 def measure_runs(
     jobs,                   # iterable of (function, run, arguments by name); a function such as `measure_transfer`
     device="cpu",           # torch.device or name; MPS has no float64 and is replaced by the CPU
@@ -405,7 +408,7 @@ def measure_runs(
     n_jobs = n_jobs or (os.cpu_count() if device == "cpu" else 1)
     return Parallel(n_jobs=max(1, min(n_jobs, len(jobs))))(delayed(f)(run, **kwargs, device=device) for f, run, kwargs in jobs)
 
-# %% ../../nbs/lab/90_probes.ipynb #7a8f93cc
+# %% ../../nbs/lab/90_probes.ipynb #ba1143cf
 def pixel_task(
     data: ImageData,
     max_dim: int = 256,   # principal components kept of larger images
@@ -419,14 +422,14 @@ def pixel_task(
         X, X_test = (X - mu) @ V, (X_test - mu) @ V
     return FeatureTask(X, fine, data.train_labels, X_test, fine_test, data.test_labels)
 
-# %% ../../nbs/lab/90_probes.ipynb #486ce62b
+# %% ../../nbs/lab/90_probes.ipynb #da748c2f
 def _fine_data(data):
     "The same images with the fine labels as the task."
     fine, fine_test, classes = fine_labels(data)
     return replace(data, train_labels=fine, test_labels=fine_test, classes=classes, fine_train_labels=None, fine_test_labels=None,
                    fine_classes=(), clean_train_labels=None)
 
-
+# %% ../../nbs/lab/90_probes.ipynb #951a9045
 def fine_tune(
     run: Run,
     epoch: int,             # snapshot to start from
@@ -446,13 +449,13 @@ def fine_tune(
     with one_thread(): train(learn, config)
     return _test_accuracy(learn.model, learn.test_dl)
 
-# %% ../../nbs/lab/90_probes.ipynb #f897529a
+# %% ../../nbs/lab/90_probes.ipynb #e5491bb4
 def _test_accuracy(model, dl):
     "Share of samples classified right."
     with evaluating(model), torch.no_grad(): right = torch.cat([model(x).argmax(1) == y for x, y in dl])
     return right.double().mean().item()
 
-
+# %% ../../nbs/lab/90_probes.ipynb #78c5a6a5
 def fine_tune_history(
     run: Run,
     epochs: Sequence[int] | None = None,  # snapshots, default all
@@ -464,7 +467,7 @@ def fine_tune_history(
     values = _kept(run.folder / f"fine-tune-{VERSION}.json", [str(e) for e in epochs], compute)
     return as_history(run, [(int(e), "output", "fine_tune", v) for e, v in values.items()])
 
-# %% ../../nbs/lab/90_probes.ipynb #12c6b91a
+# %% ../../nbs/lab/90_probes.ipynb #1fb8a75d
 def adapt_images(
     data: ImageData,
     shape: tuple[int, int, int],  # channels, height, width wanted
@@ -477,7 +480,7 @@ def adapt_images(
         return x.expand(-1, shape[0], -1, -1).round().clamp(0, 255).byte()
     return replace(data, train_images=adapt(data.train_images), test_images=adapt(data.test_images))
 
-# %% ../../nbs/lab/90_probes.ipynb #311fc2a9
+# %% ../../nbs/lab/90_probes.ipynb #63d1dcd3
 def _letter(character, font, generator, size):
     "A white capital on black at a random place, angle and size: (size, size) uint8."
     from PIL import Image, ImageDraw
@@ -488,7 +491,7 @@ def _letter(character, font, generator, size):
     margin = int(generator.integers(4, 12))
     return np.asarray(image.crop((margin, margin, 64 - margin, 64 - margin)).resize((size, size), Image.BILINEAR, reducing_gap=3.0))
 
-# %% ../../nbs/lab/90_probes.ipynb #82346c07
+# %% ../../nbs/lab/90_probes.ipynb #0aa07e96
 def font_letters(
     size: int = 8,           # pixels a side
     per_class: int = 100,    # train images a letter; a quarter as many test images
@@ -509,10 +512,11 @@ def font_letters(
 
 _font_styles = {"Sans": ("", "-Bold", "-Oblique"), "Serif": ("", "-Bold", "-Italic"), "SansMono": ("", "-Bold")}
 
-# %% ../../nbs/lab/90_probes.ipynb #6aab9d8d
+# %% ../../nbs/lab/90_probes.ipynb #cfe68179
 OTHER_DATA = {"digits": ("mnist", "fashion_mnist"), "mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",),
               "cifar10": ("stl10", "cifar100"), "cifar100": ("cifar10",), "stl10": ("cifar10",), "svhn": ("mnist", "cifar10")}
 
+# %% ../../nbs/lab/90_probes.ipynb #01a75e68
 def other_data(
     config: RunConfig,   # of the run that is transferred
     data_dir,            # where data sets are
@@ -527,7 +531,7 @@ def other_data(
         found.append(data.subset(*(min(per_class, n) for n in least)))
     return found, missing
 
-# %% ../../nbs/lab/90_probes.ipynb #9e1c44ac
+# %% ../../nbs/lab/90_probes.ipynb #975a6ae6
 def other_task(
     run: Run,
     epoch: int,          # snapshot
@@ -543,7 +547,7 @@ def other_task(
         parts += [features[layer], y, y]
     return FeatureTask(*parts)
 
-# %% ../../nbs/lab/90_probes.ipynb #b7a3c356
+# %% ../../nbs/lab/90_probes.ipynb #2798c3a0
 def other_data_history(
     run: Run,
     others: Sequence[ImageData],          # from `other_data`
@@ -561,7 +565,7 @@ def other_data_history(
     split = [(*key.split("/"), v) for key, v in values.items()]
     return as_history(run, [(int(e), layer, f"probe_{d.split(':')[0]}", v) for e, d, v in split])
 
-
+# %% ../../nbs/lab/90_probes.ipynb #983642b4
 def _fingerprint(data):
     "Eight digits that change with the images and labels of a data set."
     parts = (data.train_images, data.train_labels, data.test_images, data.test_labels)

@@ -13,7 +13,7 @@ __all__ = ['FALL', 'LOSS', 'LEFT', 'RANK', 'DECAYS', 'MORE_SEEDS', 'IDS', 'ASKED
            'correlation_over_snapshots', 'correlation_over_decays', 'claims_training_longer', 'kmeans_chance',
            'shuffle_within', 'run_training_longer']
 
-# %% ../../nbs/paper/20_training_longer.ipynb #80ebef2e
+# %% ../../nbs/paper/20_training_longer.ipynb #19604be8
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -31,20 +31,20 @@ from ..lab.probes import (feature_tasks, fine_tune_history, linear_probe, measur
 from ..lab.runs import Run, get_runs
 from ..lab.settings import RunConfig, Settings, get_settings, pick_device
 
-# %% ../../nbs/paper/20_training_longer.ipynb #7ba41a30
+# %% ../../nbs/paper/20_training_longer.ipynb #4294d949
 FALL, LOSS, LEFT, RANK = 0.05, -0.01, 0.75, 0.7   # bars of the falls, of the coarse task, of K-means, of the rank correlations
 DECAYS = (0.1, 0.3, 1.0)                          # of claim 6b, in units of the configuration's weight decay
 MORE_SEEDS = {"fine": 2, "pairs": 2}              # beyond those of the settings
 IDS = {"pairs": "ab", "binary": "cd", "animals_vehicles": "ef"}
 
-# %% ../../nbs/paper/20_training_longer.ipynb #741dac98
+# %% ../../nbs/paper/20_training_longer.ipynb #121b33be
 def partitions(
     config: RunConfig,
 ) -> tuple[str, ...]:  # names for `ImageData.coarsen`
     "The coarse tasks that a data set has."
     return ("pairs", "binary", "animals_vehicles") if config.dataset in ("cifar10", "stl10") else ("pairs", "binary")
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #7adf5b9d
 def study_configs(
     config: RunConfig,           # one of the preset's grid
     with_decays: bool = True,    # also weaker weight decays on pairs
@@ -54,7 +54,7 @@ def study_configs(
     decays = [round(config.weight_decay * f, 12) for f in DECAYS] if with_decays and config.weight_decay else []
     return tasks | {d: replace(config, coarse="pairs", weight_decay=d) for d in decays}
 
-# %% ../../nbs/paper/20_training_longer.ipynb #062ae0eb
+# %% ../../nbs/paper/20_training_longer.ipynb #05f82d1f
 def study_runs(
     settings: Settings,
     progress: bool = True,
@@ -66,11 +66,12 @@ def study_runs(
     runs = iter(get_runs([replace(c, seed=s) for tasks in plan.values() for t, c in tasks.items() for s in seeds(t)], settings, progress))
     return {pair: {task: [next(runs) for _ in seeds(task)] for task in tasks} for pair, tasks in plan.items()}
 
-# %% ../../nbs/paper/20_training_longer.ipynb #9d2b596b
+# %% ../../nbs/paper/20_training_longer.ipynb #8364b6e9
 ASKED = {"fine": ("probe_standardised", "probe_whitened", "few_shot"),
          "pairs": ("probe_raw", "probe_standardised", "probe_whitened", "probe_fixed", "few_shot", "residual_kmeans")}
 _coarse = ("probe_standardised", "probe_whitened", "probe_fixed", "few_shot", "residual_kmeans")   # of the other partitions
 
+# %% ../../nbs/paper/20_training_longer.ipynb #62465fa5
 def _jobs(tasks, others):
     "What to measure of which run: (task, job for `measure_runs`)."
     for task, runs in tasks.items():
@@ -80,7 +81,7 @@ def _jobs(tasks, others):
             if task == "pairs": yield task, (fine_tune_history, run, {})
             if task == "fine": yield task, (other_data_history, run, dict(others=others))
 
-# %% ../../nbs/paper/20_training_longer.ipynb #c7190ae6
+# %% ../../nbs/paper/20_training_longer.ipynb #3be0d0bf
 def measure_tasks(
     tasks: Mapping,        # task -> runs, from `study_runs`
     settings: Settings,
@@ -93,14 +94,14 @@ def measure_tasks(
     for (task, _), table in zip(jobs, tables, strict=True): parts[task].append(table)
     return {task: pd.concat(found) for task, found in parts.items()}, missing
 
-# %% ../../nbs/paper/20_training_longer.ipynb #27824947
+# %% ../../nbs/paper/20_training_longer.ipynb #17a89431
 def reference_lines(
     data,           # `ImageData` of a run
 ) -> dict:          # label -> accuracy
     "What a linear probe reads off the pixels, without any network."
     return {"pixels": linear_probe(pixel_task(data)).accuracy}
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #5cd1563e
 def plot_longer(
     histories: Mapping,          # task -> history
     references: Mapping = {},    # label -> accuracy, drawn as horizontal lines
@@ -121,7 +122,7 @@ def plot_longer(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #c637b09b
+# %% ../../nbs/paper/20_training_longer.ipynb #2f27b7ed
 def plot_collapse_and_transfer(
     histories: Mapping,   # task -> history, weight decays among the tasks
     title: str = "",
@@ -143,11 +144,12 @@ def plot_collapse_and_transfer(
     axes[0, 0].set_ylabel("probe accuracy, fine classes")
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #83bf0036
+# %% ../../nbs/paper/20_training_longer.ipynb #c0e282d4
 KINDS = {"probe_whitened": ("whitened, C chosen", "C2", "-"), "probe_standardised": ("standardised, C chosen (ordinary)", "C1", "-"),
          "probe_raw": ("raw, C chosen", "C3", "--"), "probe_fixed": ("standardised, C = 1", "C4", ":"),
          "residual_kmeans": ("K-means of residuals (train)", "C0", "-.")}
 
+# %% ../../nbs/paper/20_training_longer.ipynb #1aeb5de9
 def plot_lost_or_small(
     histories: Mapping,   # task -> history
     title: str = "",
@@ -164,7 +166,7 @@ def plot_lost_or_small(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #39ef56c1
+# %% ../../nbs/paper/20_training_longer.ipynb #34ef30a2
 def plot_other_transfer(
     histories: Mapping,   # task -> history
     title: str = "",
@@ -183,7 +185,7 @@ def plot_other_transfer(
     axes[0].set_ylabel("test accuracy"); axes[0].set_ylim(0, 1.02)
     return fig
 
-# %% ../../nbs/paper/20_training_longer.ipynb #8ad79ad4
+# %% ../../nbs/paper/20_training_longer.ipynb #665b99cc
 def window(
     history: pd.DataFrame,
     measure: str,            # one measured at snapshots
@@ -194,7 +196,7 @@ def window(
     first = tpt_start(history).map(lambda start: min((e for e in epochs if e >= start), default=np.nan))
     return first.where(first < last), last
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #631ad7de
 def fall(
     history: pd.DataFrame,
     measure: str,
@@ -205,7 +207,7 @@ def fall(
     table, (start, last) = curves(history, measure, split), window(history, snapshots or measure)
     return np.array([np.nan if np.isnan(e) else table.loc[e, s] - table.loc[last, s] for s, e in start.items()])
 
-# %% ../../nbs/paper/20_training_longer.ipynb #18cc2f33
+# %% ../../nbs/paper/20_training_longer.ipynb #e8374594
 def rank_correlation(
     x, y,     # (n,) numbers
 ) -> float:   # Spearman's, 0 where one of them is constant
@@ -214,7 +216,7 @@ def rank_correlation(
     if np.isnan(x).any() or np.isnan(y).any(): return np.nan
     return 0.0 if np.ptp(x) == 0 or np.ptp(y) == 0 else float(spearmanr(x, y).statistic)
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #94ec1043
 def correlation_over_snapshots(
     history: pd.DataFrame,
     measure: str = "probe_standardised",
@@ -224,7 +226,7 @@ def correlation_over_snapshots(
     nc1 = curves(history, "nc1_trace", "train").loc[table.index]
     return [rank_correlation(nc1[s], table[s]) for s in table]
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #a49d1f5d
 def correlation_over_decays(
     histories: Mapping,       # weight decay -> history
     measure: str,
@@ -234,9 +236,10 @@ def correlation_over_decays(
     final = [(curves(h, "nc1_trace", "train").iloc[-1], curves(h, measure, split).iloc[-1]) for h in histories.values()]
     return [rank_correlation([nc1[s] for nc1, _ in final], [v[s] for _, v in final]) for s in final[0][0].index]
 
-# %% ../../nbs/paper/20_training_longer.ipynb #d0ac35e3
+# %% ../../nbs/paper/20_training_longer.ipynb #51cb19de
 _hui, _yang = "Hui, Belkin, Nakkiran 2022, 2202.08384", "Yang, Steinhardt, Hu 2023, 2306.17105"
 
+# %% ../../nbs/paper/20_training_longer.ipynb #034d6c12
 def _coarse_claims(task, history, fine, **common):
     "Claims 5a and 5b, or their like for another partition."
     own, note = fall(history, "probe_standardised"), "" if window(history, "probe_standardised")[0].notna().all() else "terminal phase not reached"
@@ -249,7 +252,7 @@ def _coarse_claims(task, history, fine, **common):
               bar=LOSS, direction="at least", values=-fall(history, "accuracy", snapshots="probe_standardised"),
               control="the fine probe's change", control_values=-own, note=note, **common)]
 
-# %% ../../nbs/paper/20_training_longer.ipynb #42b63333
+# %% ../../nbs/paper/20_training_longer.ipynb #703128ed
 def _further_claims(histories, chance, **common):
     "Claims 5g, 5h and 5y: few examples, other data, and what K-means finds."
     pairs, fine = histories["pairs"], histories["fine"]
@@ -263,7 +266,7 @@ def _further_claims(histories, chance, **common):
               quantity="agreement of K-means of residuals at T, pairs", bar=LEFT, direction="at least", values=left,
               control="fine labels shuffled within pairs", control_values=chance, **{**common, "source": _yang})]
 
-# %% ../../nbs/paper/20_training_longer.ipynb #73bbb5d3
+# %% ../../nbs/paper/20_training_longer.ipynb #9a65a8a1
 def claims_training_longer(
     histories: Mapping,      # task ("fine", "pairs", ... or a weight decay) -> tidy history, all seeds
     chance,                  # K-means agreement with shuffled fine labels, one a seed
@@ -283,7 +286,7 @@ def claims_training_longer(
               control="coarse test accuracy", control_values=correlation_over_decays(decays, "accuracy"), **common))
     return claims
 
-# %% ../../nbs/paper/20_training_longer.ipynb #98d90563
+# %% ../../nbs/paper/20_training_longer.ipynb #f0302da8
 def kmeans_chance(
     run: Run,
 ) -> float:  # agreement on train images
@@ -292,7 +295,7 @@ def kmeans_chance(
     task = feature_tasks(run, run.config.epochs, (layer,))[layer]
     return residual_kmeans(replace(task, fine=shuffle_within(task.fine, task.coarse, run.config.seed)))[0]
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #5eb28ca5
 def shuffle_within(
     fine: torch.Tensor,      # (N,) labels to shuffle
     coarse: torch.Tensor,    # (N,) groups within which to shuffle
@@ -305,7 +308,7 @@ def shuffle_within(
         shuffled[members] = fine[members[torch.randperm(len(members), generator=generator).to(members.device)]]
     return shuffled
 
-# %% ../../nbs/paper/20_training_longer.ipynb #eac34eb8
+# %% ../../nbs/paper/20_training_longer.ipynb #41e09204
 def run_training_longer(
     settings: Settings | None = None,  # default those of settings.ini
     progress: bool = True,             # show a bar while training

@@ -10,7 +10,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/paper/which_layer.html.md"""
 __all__ = ['AHEAD', 'DRIFT', 'IDS', 'PROBE', 'layer_histories', 'layer_colors', 'plot_layers', 'plot_depth', 'best_layer',
            'best_layers', 'ahead', 'drift', 'claims_which_layer', 'run_which_layer']
 
-# %% ../../nbs/paper/30_which_layer.ipynb #bf0b0c9b
+# %% ../../nbs/paper/30_which_layer.ipynb #1ca35324
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -26,12 +26,12 @@ from ..lab.runs import get_runs
 from ..lab.settings import Settings, get_settings, pick_device
 from .training_longer import MORE_SEEDS, partitions
 
-# %% ../../nbs/paper/30_which_layer.ipynb #ba5bdde9
+# %% ../../nbs/paper/30_which_layer.ipynb #a0879b58
 AHEAD, DRIFT = 0.05, 1.0
 IDS = {"pairs": "ab", "binary": "cd", "animals_vehicles": "ef"}
 PROBE = "probe_standardised"
 
-# %% ../../nbs/paper/30_which_layer.ipynb #b2c94d33
+# %% ../../nbs/paper/30_which_layer.ipynb #2e896ddd
 def layer_histories(
     settings: Settings,
     progress: bool = True,
@@ -49,14 +49,14 @@ def layer_histories(
         found[pair] = layers, len(runs[0].data.test_labels), histories
     return found
 
-# %% ../../nbs/paper/30_which_layer.ipynb #9243f51c
+# %% ../../nbs/paper/30_which_layer.ipynb #b549bdc1
 def layer_colors(
     layers: Sequence[str],
 ) -> dict:                # layer -> colour, from dark (first) to light (last)
     "Colours in order of depth."
     return {layer: plt.cm.viridis(0.1 + 0.75 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
 
-
+# %% ../../nbs/paper/30_which_layer.ipynb #cb44a9ef
 def plot_layers(
     histories: Mapping,       # task -> history
     layers: Sequence[str],    # in order of depth
@@ -74,7 +74,7 @@ def plot_layers(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(layers), fontsize=9, title="layer, first to last")
     return fig
 
-# %% ../../nbs/paper/30_which_layer.ipynb #56d43469
+# %% ../../nbs/paper/30_which_layer.ipynb #d0012768
 def plot_depth(
     history: pd.DataFrame,    # of networks trained on one coarse task
     layers: Sequence[str],    # in order of depth
@@ -94,7 +94,7 @@ def plot_depth(
     fig.legend(loc="outside right upper")
     return fig
 
-# %% ../../nbs/paper/30_which_layer.ipynb #9102fc62
+# %% ../../nbs/paper/30_which_layer.ipynb #4b66f24a
 def best_layer(
     accuracies: Sequence[float],  # of every layer in order of depth
     num_test: int,                # test images they are measured on
@@ -104,7 +104,7 @@ def best_layer(
     if np.isnan(a).any(): raise ValueError(f"accuracies {a}: expected a number for every layer")
     return int(np.flatnonzero(a >= a.max() - np.sqrt(a.max() * (1 - a.max()) / num_test)).max())
 
-
+# %% ../../nbs/paper/30_which_layer.ipynb #139ecda4
 def best_layers(
     history: pd.DataFrame,
     layers: Sequence[str],   # in order of depth
@@ -116,7 +116,7 @@ def best_layers(
     return pd.DataFrame([[best_layer(values[:, i, j], num_test) for j in range(values.shape[2])] for i in range(values.shape[1])],
                         index=table.index, columns=table.columns)
 
-# %% ../../nbs/paper/30_which_layer.ipynb #30371d5e
+# %% ../../nbs/paper/30_which_layer.ipynb #a02d6f67
 def ahead(
     history: pd.DataFrame,
     layers: Sequence[str],   # in order of depth
@@ -125,7 +125,7 @@ def ahead(
     final = np.stack([curves(history, PROBE, layer=layer).iloc[-1] for layer in layers])   # (layers, seeds)
     return final[:-1].max(axis=0) - final[-1]
 
-
+# %% ../../nbs/paper/30_which_layer.ipynb #a4aeef47
 def drift(
     history: pd.DataFrame,
     layers: Sequence[str],   # in order of depth
@@ -135,7 +135,7 @@ def drift(
     best, last = best_layers(history, layers, num_test), curves(history, PROBE, layer=layers[-1]).loc[1:]
     return np.array([best.loc[last[s].idxmax(), s] - best[s].iloc[-1] for s in best])
 
-# %% ../../nbs/paper/30_which_layer.ipynb #d4ad7b33
+# %% ../../nbs/paper/30_which_layer.ipynb #de20e641
 def claims_which_layer(
     histories: Mapping,      # task ("fine", "pairs", ...) -> tidy history with the probe of every layer
     layers: Sequence[str],   # in order of depth
@@ -154,7 +154,7 @@ def claims_which_layer(
                   values=drift(history, layers, num_test), control_values=drift(fine, layers, num_test), **common)]
     return claims
 
-# %% ../../nbs/paper/30_which_layer.ipynb #24b79d6e
+# %% ../../nbs/paper/30_which_layer.ipynb #77399abc
 def run_which_layer(
     settings: Settings | None = None,  # default those of settings.ini
     progress: bool = True,             # show a bar while training
