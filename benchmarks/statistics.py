@@ -7,6 +7,9 @@ Everything compared is run in turn, round after round in one process, so that a 
 median of the rounds is printed, of the seconds by the clock and of those spent computing, which other programs disturb
 less (they count each thread). OMP_NUM_THREADS sets the number of threads. Memory is the high-water mark of resident memory in a process of its own (Linux only).
 
+"every measure" is `measure_features`, from features in memory to all numbers, NC4 included; "of a stream" is what
+`measure_collapse` adds to statistics that were read on the way ("stream full"), NC4 not included.
+
 Compared with
   bare         X^T X over the same float32 batches, and nothing else: what a full covariance cannot do without
   two-pass     the plain way, as accumulator libraries go: a pass for the means, a pass for the covariance, one-hot
@@ -29,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nc_nbdev.geometry.measures import measure_features
+from nc_nbdev.geometry.measures import measure_collapse, measure_features
 from nc_nbdev.geometry.statistics import ClassStatistics
 
 SIZES = {"small": (50_000, 512, 10), "large": (50_000, 2048, 1000)}
@@ -64,6 +67,9 @@ def stream(H, y, K, within):
 
 
 def ours(H, y, W, b): return measure_features(H, y, num_classes=len(W), head=(W, b)).to_dict()
+
+
+def measures_of(stats, W, b): return measure_collapse(stats._copy(), (W, b)).to_dict()  # a copy remembers no results
 
 
 def one_hot(c, K, dtype): return (c[None] == torch.arange(K)[:, None]).to(dtype)  # (K, B)
@@ -143,10 +149,13 @@ def measure_memory(N, D, K, what):
     jobs = {"bare": lambda H, y: bare(H, y), "stream trace": lambda H, y: stream(H, y, K, "trace"),
             "stream full": lambda H, y: stream(H, y, K, "full"), "every measure": lambda H, y: ours(H, y, W, b),
             "two-pass f64": lambda H, y: two_pass(H, y, W, b, torch.float64)}
-    if what == "every measure": measure_features(torch.randn(40, 16), torch.arange(40) % 4, num_classes=4)
-    else: torch.randn(600, 300).double().T @ torch.randn(600, 300).double()  # threads and their buffers are not counted
-    stream(torch.randn(4 * BATCH, 64), torch.arange(4 * BATCH) % 5, 5, "full")
-    gc.collect()
+    # threads, their buffers and the library's code, loaded when first used, are not counted
+    if what == "every measure": measure_features(torch.randn(1000, 64), torch.arange(1000) % 4, num_classes=4)
+    for dtype in torch.float32, torch.float64:
+        x = torch.randn(600, 300).to(dtype)
+        x.T @ x, torch.addmm(x[:300, 0], x[:300], x[:300].T)
+    stream(H[: 4 * BATCH], y[: 4 * BATCH], K, "full")
+    del x; gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"): ctypes.CDLL(None).malloc_trim(0)  # or freed pages are used again, uncounted
     high_water()
     before = high_water()
@@ -174,15 +183,19 @@ def run(size, scale, rounds):
     N, D, K = SIZES[size]; N = int(N * scale)
     print(f"\nN = {N:,}, D = {D}, K = {K}, float32 features, batches of {BATCH}, {torch.get_num_threads()} threads, median of {rounds}")
     H, y, W, b = make_data(N, D, K)
+    streamed = ClassStatistics(K, D, within="full", class_counts=y.bincount())
+    for h, c in batches(H, y): streamed.update(h, c)
     time_of, result = seconds({
         "bare": lambda: bare(H, y), "stream full": lambda: stream(H, y, K, "full"),
         "stream trace": lambda: stream(H, y, K, "trace"), "every measure": lambda: ours(H, y, W, b),
+        "of a stream": lambda: measures_of(streamed, W, b),
         "two-pass f32": lambda: two_pass(H, y, W, b, torch.float32),
         "two-pass f64": lambda: two_pass(H, y, W, b, torch.float64)}, rounds)
     for name, (clock, computing) in time_of.items(): line(name, f"{clock:.3f} s", f"computing {computing:.3f} s")
     ratio("stream full / bare", time_of["stream full"], time_of["bare"], 1.5)
     bar = {"small": 1 / 4, "large": 1 / 5}[size]
-    for dtype in "f32", "f64": ratio(f"every measure / two-pass {dtype}", time_of["every measure"], time_of[f"two-pass {dtype}"], bar)
+    for what in "every measure", "of a stream":
+        for dtype in "f32", "f64": ratio(f"{what} / two-pass {dtype}", time_of[what], time_of[f"two-pass {dtype}"], bar)
     for dtype in "f32", "f64":
         worst = max((abs(result["every measure"][k] - v) / max(abs(v), 1e-12), k) for k, v in result[f"two-pass {dtype}"].items()
                     if k != "nc3_bias")

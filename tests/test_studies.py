@@ -65,7 +65,7 @@ def test_command_writes_the_report(tiny_project, capsys):
     studies.main(["--studies", "train_vs_test", "--out", "report"])
     printed, out = capsys.readouterr().out, tiny_project / "report"
     claims = json.loads((out / "claims.json").read_text())
-    assert [c["id"] for c in claims] == [f"{n}{part}{loss}" for loss in ("", ".2") for n in (1, 2, 3) for part in "ab"]
+    assert [c["id"] for c in claims] == [f"{n}{part}{loss}" for loss in ("", ".mse") for n in (1, 2, 3) for part in "ab"]
     assert all(c["verdict"] in printed and c["control"] for c in claims)
     assert len(pd.read_parquet(out / "history.parquet")) > 100
     page = (out / "report.html").read_text()

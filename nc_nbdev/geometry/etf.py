@@ -19,7 +19,7 @@ def simplex_gram(
     dtype: torch.dtype = torch.float64,  # floating point type of the result
     device: str | torch.device = "cpu",  # where the result lives
 ) -> Tensor:  # (K, K), symmetric, Frobenius norm 1
-    "The Gram matrix of a simplex ETF, (I - 11^T/K) / sqrt(K-1) (Zhu et al. 2021, 2105.02375). ValueError if K < 2."
+    "The Gram matrix of a simplex ETF, (I - 11^T/K) / sqrt(K-1) (Zhu et al. 2021, 2105.02375). Raises ValueError if K < 2."
     K = _check_classes(num_classes)
     centring = torch.eye(K, dtype=dtype, device=device) - 1 / K  # I - 11^T/K
     return centring / (K - 1) ** 0.5
@@ -48,7 +48,7 @@ def simplex_etf(
     dtype: torch.dtype = torch.float64,  # floating point type of the result
     device: str | torch.device = "cpu",  # where the result lives
 ) -> Tensor:  # (K, D): unit rows that sum to zero, each pair at cosine -1/(K-1)
-    "K unit vectors that form a simplex ETF (Papyan, Han, Donoho 2020, 2008.08186). ValueError if D < K-1."
+    "K unit vectors that form a simplex ETF (Papyan, Han, Donoho 2020, 2008.08186). Raises ValueError if D < K-1."
     K = _check_classes(num_classes)
     D = K - 1 if dim is None else dim
     if D < K - 1:

@@ -81,7 +81,7 @@ def weak_variance(
     restarts: int = 4,  # number of k-means++ starts
     seed: int = 0,  # of these starts: same seed, same result
 ) -> float:  # >= the optimum of min over K points of mean_i min_k |h_i - m_k|^2
-    "Upper bound of the K-means optimum: the mean squared distance of features to the best K points found."
+    "Upper bound of the K-means optimum: mean squared distance to the best K points found. Raises ValueError without a point or a start."
     if num_points < 1 or restarts < 0 or restarts + len(initial) < 1:
         raise ValueError(f"num_points is {num_points}, restarts {restarts}, with {len(initial)} initial sets: expected at "
                          "least one point and one start")

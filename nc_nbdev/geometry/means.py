@@ -173,7 +173,7 @@ def riesz_uniformity(
     centred: bool = True,  # directions seen from mu_G; False: the rows as they are
     weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # (1/s) log mean |u_c - u_c'|^-s: at least -log(2K/(K-1))/2; inf when two directions coincide
-    "Riesz energy of the directions of the rows, as `log(E_s)/s` (Liu et al. 2023, 2303.06484). Lower is more uniform."
+    "Riesz energy of the directions of the rows, as `log(E_s)/s` (Liu et al. 2023, 2303.06484). Lower is more uniform. Raises ValueError unless s is positive and finite."
     log_d = _log_distances(source, centred, weighting)  # (K (K-1)/2,)
     D = source.dim if isinstance(source, ClassStatistics) else as_rows(source).shape[1]
     s = max(D - 2, 1) if exponent is None else exponent

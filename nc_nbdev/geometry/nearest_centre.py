@@ -114,7 +114,7 @@ def nc4_disagreement(
     *,
     with_bias: bool = True,  # False: compare with argmax_c of W h alone
 ) -> float:  # 0 (the same rule on these features) to 1
-    "Share of samples where classifier and nearest centre differ (Papyan, Han, Donoho 2020)."
+    "Share of samples where classifier and nearest centre differ (Papyan, Han, Donoho 2020). Raises ValueError on shapes that do not fit."
     W, means = as_rows(W, "W"), as_rows(means, "means")
     if W.shape != means.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the class means {tuple(means.shape)}: expected (K, D) of both")

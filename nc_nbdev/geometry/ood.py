@@ -24,7 +24,7 @@ def nc5_ood(
     centred: bool = True,  # angles seen from mu_G; False: from the origin, as Ammar et al. write it
     weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # 0 (orthogonal to every class mean) to 1
-    "Mean absolute cosine of class means and out-of-distribution mean (Ammar et al. 2023, 2310.06823)."
+    "Mean absolute cosine of class means and out-of-distribution mean (Ammar et al. 2023, 2310.06823). Raises ValueError where a mean has no direction."
     means = class_rows(source, centred=False, weighting=weighting)  # (K, D)
     v = _mean_feature(ood, means)  # (D,) mu_OOD
     if centred: v = v - (source.global_mean(weighting) if isinstance(source, ClassStatistics) else means.mean(0))

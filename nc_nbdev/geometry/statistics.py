@@ -347,7 +347,7 @@ def _broadcast(self: ClassStatistics, rank, group) -> ClassStatistics:
 # %% ../../nbs/geometry/10_statistics.ipynb #21d26310
 @patch
 def require_samples(self: ClassStatistics):
-    "ValueError naming the classes without samples, if there are any."
+    "Raises ValueError naming the classes without samples, if there are any."
     empty = (self.counts == 0).nonzero().flatten().tolist()
     if empty:
         names = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")

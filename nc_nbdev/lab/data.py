@@ -27,7 +27,7 @@ from torch import Tensor
 @dataclass(frozen=True, repr=False, eq=False)
 class ImageData:
     "Images of K classes in memory, a train and a test set. Raises `ValueError` for a wrong shape, type or label."
-    name: str
+    name: str                                 # of the data set, e.g. "digits"
     train_images: Tensor                      # (N, C, H, W) uint8
     train_labels: Tensor                      # (N,) int64 in 0..K-1
     test_images: Tensor                       # (N', C, H, W) uint8
@@ -41,9 +41,13 @@ class ImageData:
 
     def __post_init__(self): _check_data(self)
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def num_classes(self) -> int:
+        "K."
+        return len(self.classes)
     @property
-    def image_shape(self) -> tuple[int, int, int]: return tuple(self.train_images.shape[1:])
+    def image_shape(self) -> tuple[int, int, int]:
+        "Channels, height and width."
+        return tuple(self.train_images.shape[1:])
 
     def __repr__(self):
         shape = " x ".join(map(str, self.image_shape))
@@ -120,8 +124,8 @@ def subset(
     self: ImageData,
     train_per_class: int | None = None,  # train images a class, default all
     test_per_class: int | None = None,   # test images a class, default all
-    seed: int = 0,
-) -> ImageData:
+    seed: int = 0,                       # of the random choice
+) -> ImageData:                          # its images in the order they had
     "A random subset with equally many images of every class. Raises `ValueError` where a class has too few."
     index = {}
     for split, n in (("train", train_per_class), ("test", test_per_class)):
@@ -172,7 +176,7 @@ def _group_name(partition, names):
 def coarsen(
     self: ImageData,
     partition: str | Sequence,  # "binary" (halves), "pairs", "animals_vehicles", each class's coarse label, or groups
-) -> ImageData:
+) -> ImageData:  # of as many classes as there are groups
     "Merge classes; the labels before are kept as `fine_*`. Raises `ValueError` unless each class is in one group."
     groups = _groups(partition, self.classes)
     table = torch.empty(self.num_classes, dtype=torch.int64)    # class -> coarse class
@@ -189,9 +193,9 @@ def coarsen(
 def with_label_noise(
     self: ImageData,
     fraction: float,  # fraction of the train labels to redraw, 0..1; 1 makes every label random
-    seed: int = 0,
-) -> ImageData:
-    "Redraw train labels uniformly over all classes; the correct ones are kept as `clean_train_labels`."
+    seed: int = 0,    # of the choice of labels and of the new ones
+) -> ImageData:       # the same images
+    "Redraw train labels uniformly over all classes; the correct ones are kept as `clean_train_labels`. Raises `ValueError` outside 0..1."
     if not 0 <= fraction <= 1: raise ValueError(f"fraction={fraction}: expected 0..1")
     generator, N = _generator(seed, "label noise"), len(self.train_labels)
     chosen = torch.randperm(N, generator=generator)[:round(fraction * N)]
@@ -205,10 +209,10 @@ def with_label_noise(
 def with_imbalance(
     self: ImageData,
     ratio: float,                  # largest over smallest class, at least 1
-    seed: int = 0,
+    seed: int = 0,                 # of the random choice of images
     profile: str = "exponential",  # or "step": half of the classes large, half small
-) -> ImageData:
-    "Thin out the train set so that classes have different sizes, class 0 the largest."
+) -> ImageData:                    # the same test set
+    "Thin out the train set so that classes differ in size, class 0 the largest. Raises `ValueError` for a ratio below 1, an unknown profile, an empty class."
     if ratio < 1: raise ValueError(f"ratio={ratio}: expected the largest class over the smallest, at least 1")
     if profile not in ("exponential", "step"): raise ValueError(f"profile={profile!r}: expected exponential or step")
     K, largest = self.num_classes, int(self.train_labels.bincount(minlength=self.num_classes).min())
@@ -415,19 +419,19 @@ def crop_flip(
 
 # %% ../../nbs/lab/10_data.ipynb #49fec3e6
 class TensorLoader:
-    "Batches of normalised float32 images and labels from bytes in memory; works in fastai's `DataLoaders`."
+    "Batches of normalised float32 images and labels from bytes in memory; works in fastai's `DataLoaders`. Raises `ValueError` for arguments that do not fit."
     def __init__(
         self,
         images: Tensor,               # (N, C, H, W) uint8
         labels: Tensor,               # (N,) int64
-        batch_size: int = 128,
+        batch_size: int = 128,        # samples a batch, at least 1
         *,
         shuffle: bool = False,        # a new order every epoch, and no batch of one sample
-        seed: int = 0,
+        seed: int = 0,                # of the orders and the augmentation, together with the epoch
         mean: Tensor | None = None,   # (C,) in [0, 1], default 0
         std: Tensor | None = None,    # (C,), default 1; a constant channel (0) is left unscaled
         augment: str | None = None,   # None or "crop_flip"
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "cpu",   # where images, labels and batches live
         drop_last: bool = False,      # leave out an incomplete last batch
     ):
         _check_loader(images, labels, batch_size, augment)
@@ -448,14 +452,20 @@ def _check_loader(images, labels, batch_size, augment):
 
 # %% ../../nbs/lab/10_data.ipynb #0b34c440
 @patch
-def to(self: TensorLoader, device: str | torch.device) -> TensorLoader:
+def to(
+    self: TensorLoader,
+    device: str | torch.device,  # where to
+) -> TensorLoader:               # itself
     "Move the data, once, to `device`."
     self.device = torch.device(device)
     for name in ("images", "labels", "mean", "std"): setattr(self, name, getattr(self, name).to(self.device))
     return self
 
 @patch
-def set_epoch(self: TensorLoader, epoch: int) -> TensorLoader:
+def set_epoch(
+    self: TensorLoader,
+    epoch: int,      # from 0; with the seed it fixes order and augmentation
+) -> TensorLoader:   # itself
     "Make the next pass that of this epoch."
     self.epoch = int(epoch)
     return self
@@ -498,10 +508,10 @@ def __iter__(self: TensorLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 # %% ../../nbs/lab/10_data.ipynb #32df7451
 def loaders(
-    data: ImageData,
+    data: ImageData,                   # its train images give mean and standard deviation for both splits
     batch_size: int = 128,             # of training
     seed: int = 0,                     # of the order of training
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",   # where the batches live
     augment: str | None = None,        # None or "crop_flip", in training only
     measure_batch_size: int = 512,     # of the two loaders for measuring
 ) -> tuple[TensorLoader, TensorLoader, TensorLoader]:

@@ -88,7 +88,7 @@ def shade_tpt(
 def to_png(
     fig,   # matplotlib Figure
 ) -> bytes:
-    "A figure as PNG on a white ground."
+    "A figure as PNG, transparent where the style is (the house style is, and legible on light and dark)."
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", facecolor="white")
+    fig.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 # %% ../../nbs/lab/20_models.ipynb #df263a7c
 class BasicBlock(nn.Module):
     "Two 3 x 3 convolutions with batch normalisation and a shortcut (He et al. 2015, arXiv 1512.03385)."
-    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+    def __init__(
+        self,
+        in_channels: int,  # channels that come in
+        channels: int,     # channels that go out
+        stride: int = 1,   # of the first convolution; 2 halves the image
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
@@ -34,10 +39,10 @@ class SmallResNet(nn.Module):
     "A residual net of any width for images from 8 pixels up; its layers: stem, stage1, stage2, stage3, pool, head."
     def __init__(
         self,
-        num_classes: int,
-        in_channels: int = 3,
-        width: int = 16,   # channels of stage 1; stage 3 has 4 times as many, the feature dimension
-        depth: int = 1,    # basic blocks a stage
+        num_classes: int,        # K, outputs of the head
+        in_channels: int = 3,    # 1 for grey images, 3 for colour
+        width: int = 16,         # channels of stage 1; stage 3 has 4 times as many, the feature dimension
+        depth: int = 1,          # basic blocks a stage
     ):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
@@ -59,8 +64,8 @@ class MLP(nn.Module):
     "Fully connected layers with ReLU on flattened images; its layers: flatten, layer1, layer2, ..., head."
     def __init__(
         self,
-        num_classes: int,
-        in_features: int,
+        num_classes: int,   # K, outputs of the head
+        in_features: int,   # C H W of the images
         width: int = 256,   # of every hidden layer
         depth: int = 3,     # number of hidden layers
     ):
@@ -116,8 +121,8 @@ model_names = ("small_resnet", "mlp", "resnet18", "resnet34", "resnet50", "dense
 
 def build_model(
     name: str,                       # one of `model_names`
-    num_classes: int,
-    in_channels: int = 3,
+    num_classes: int,                # K, outputs of the head
+    in_channels: int = 3,            # 1 for grey images, 3 for colour
     width: int | None = None,        # of small_resnet (default 16) and mlp (256); the others have none
     image_size: int | None = None,   # pixels a side; mlp needs it, the VGG nets assume 32
     depth: int | None = None,        # blocks a stage of small_resnet (1), hidden layers of mlp (3)
@@ -137,7 +142,7 @@ def build_model(
 # %% ../../nbs/lab/20_models.ipynb #7ca4c2b2
 def unwrap(
     model: nn.Module,  # possibly inside DataParallel, DistributedDataParallel or torch.compile
-) -> nn.Module:
+) -> nn.Module:        # the network as it was written
     "The network inside wrappers; it shares its weights with them."
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
@@ -145,7 +150,9 @@ def unwrap(
         else: return model
 
 # %% ../../nbs/lab/20_models.ipynb #65573664
-def head_name(model: nn.Module) -> str:
+def head_name(
+    model: nn.Module,  # any network, possibly inside wrappers
+) -> str:              # as in `named_modules()` of the network inside
     "The name of the last `nn.Linear`. Raises `ValueError` where there is none."
     names = [name for name, module in unwrap(model).named_modules() if isinstance(module, nn.Linear)]
     if not names: raise ValueError(f"{type(unwrap(model)).__name__} has no nn.Linear: give the classifier (W, b)")
@@ -153,7 +160,7 @@ def head_name(model: nn.Module) -> str:
 
 # %% ../../nbs/lab/20_models.ipynb #d11907ce
 def head_of(
-    model: nn.Module,
+    model: nn.Module,         # any network, possibly inside wrappers
     name: str | None = None,  # of a linear layer, default the last one
 ) -> tuple[Tensor, Tensor]:   # W (K, D) and b (K,), zeros for a layer without bias; copies
     "The weights of the last linear layer. Raises `ValueError` where there is none."
@@ -162,15 +169,17 @@ def head_of(
     return W, W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().clone()
 
 # %% ../../nbs/lab/20_models.ipynb #88d7686f
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(
+    model: nn.Module,  # any network
+) -> int:              # numbers with `requires_grad`; shared ones count once
     "The number of weights that training changes."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/lab/20_models.ipynb #7327755b
 def tap_layers(
-    model: nn.Module,
+    model: nn.Module,  # any network with a linear layer, possibly inside wrappers
 ) -> tuple[str, ...]:  # names in order of depth, the last one gives the input of the classifier
-    "The layers of a network that are worth measuring."
+    "The layers of a network that are worth measuring. Raises `ValueError` where there is no `nn.Linear`."
     model = unwrap(model)
     names, kind = dict(model.named_modules()), type(model).__name__
     if isinstance(model, SmallResNet): return ("stem", "stage1", "stage2", "pool")

@@ -9,7 +9,7 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/lab/probes.html.md"""
 # %% auto #0
 __all__ = ['TRANSFORMS', 'PENALTIES', 'MEASURES', 'VERSION', 'OTHER_DATA', 'FeatureTask', 'fit_transform', 'LogisticFit',
            'fit_logistic', 'ProbeResult', 'hold_out', 'choose_penalty', 'linear_probe', 'residual_kmeans', 'few_shot',
-           'fine_labels', 'feature_tasks', 'measure_transfer', 'as_history', 'measure_runs', 'pixel_task', 'fine_tune',
+           'fine_labels', 'feature_tasks', 'measure_transfer', 'measure_runs', 'pixel_task', 'fine_tune',
            'fine_tune_history', 'adapt_images', 'font_letters', 'other_data', 'other_task', 'other_data_history']
 
 # %% ../../nbs/lab/90_probes.ipynb #53d6ab4d
@@ -38,17 +38,19 @@ from .training import make_learner, train
 # %% ../../nbs/lab/90_probes.ipynb #d5f8a34f
 @dataclass
 class FeatureTask:
-    "Frozen features with two labellings: the coarse classes the network was trained on and the fine ones to be found."
+    "Frozen features, the coarse labels the network was trained on, and the fine ones to be found. Raises `ValueError` where they do not fit."
     train: Tensor         # (N, D) features
     fine: Tensor          # (N,) int64 labels to find, 0..K-1
     coarse: Tensor        # (N,) int64 labels the network was trained on
-    test: Tensor          # (N', D)
-    fine_test: Tensor     # (N',)
-    coarse_test: Tensor   # (N',)
+    test: Tensor          # (N', D) features
+    fine_test: Tensor     # (N',) int64 labels to find
+    coarse_test: Tensor   # (N',) int64 coarse labels
 
     def __post_init__(self): _check_task(self)
     @property
-    def num_classes(self) -> int: return int(self.fine.max()) + 1
+    def num_classes(self) -> int:
+        "K, the number of fine classes."
+        return int(self.fine.max()) + 1
 
 # %% ../../nbs/lab/90_probes.ipynb #9de6816a
 def _check_task(task):
@@ -195,7 +197,7 @@ PENALTIES = tuple(10.0 ** k for k in range(-2, 7))
 class ProbeResult:
     "What a linear probe found."
     accuracy: float        # on test features
-    train_accuracy: float
+    train_accuracy: float  # on all train features
     held_out_accuracy: float   # on the train samples held out while C was chosen; NaN for a fixed C
     C: float               # chosen on held-out train samples
     gap: float             # distance of the objective to its minimum, see `fit_logistic`
@@ -205,8 +207,8 @@ class ProbeResult:
 def hold_out(
     y: Tensor,               # (N,) int64 labels
     share: float = 0.2,      # of each class
-    seed: int = 0,
-) -> Tensor:                 # (N,) bool, True where held out; at least one and never all of a class
+    seed: int = 0,           # of the random choice
+) -> Tensor:                 # (N,) bool, True where held out; at least one of a class, not all of two or more
     "A stratified random part of the samples."
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     held = torch.zeros(len(y), dtype=torch.bool, device=y.device)
@@ -234,7 +236,7 @@ def choose_penalty(
 
 # %% ../../nbs/lab/90_probes.ipynb #03e0a20b
 def linear_probe(
-    task: FeatureTask,
+    task: FeatureTask,            # features and labels of a train and a test set
     kind: str = "standardised",   # preparation, as in `fit_transform`
     C: float | None = None,       # a fixed penalty, default chosen on held-out train samples
     seed: int = 0,                # of the held-out samples
@@ -265,8 +267,8 @@ def _clusters(task, k, seed):
 
 # %% ../../nbs/lab/90_probes.ipynb #c43c1988
 def residual_kmeans(
-    task: FeatureTask,
-    seed: int = 0,
+    task: FeatureTask,   # features with coarse and fine labels
+    seed: int = 0,       # of the ten starts of K-means
 ) -> tuple[float, float]:   # agreement with the fine classes on train and on test samples, 0 to 1
     "K-means of the residuals h - mu_coarse against the fine labels (Yang, Steinhardt, Hu 2306.17105). Matched on train samples."
     from scipy.optimize import linear_sum_assignment
@@ -282,10 +284,10 @@ def residual_kmeans(
 
 # %% ../../nbs/lab/90_probes.ipynb #5b9bc2e6
 def few_shot(
-    task: FeatureTask,
+    task: FeatureTask,    # features and fine labels of a train and a test set
     shots: int = 5,       # examples a class; all there are where a class has fewer
     draws: int = 20,      # random choices of examples, averaged
-    seed: int = 0,
+    seed: int = 0,        # of the random choices
 ) -> float:               # mean accuracy on test features
     "Accuracy of the nearest centre, the centres being means of a few train examples (Galanti, György, Hutter 2112.15121)."
     generator, right = torch.Generator().manual_seed(seed), []
@@ -325,11 +327,11 @@ def fine_labels(
 
 # %% ../../nbs/lab/90_probes.ipynb #89cec43d
 def feature_tasks(
-    run: Run,
+    run: Run,                # a finished run
     epoch: int,              # one of its snapshots
     layers: Sequence[str],   # which layers
-    device="cpu",
-) -> dict[str, FeatureTask]:
+    device: str | torch.device = "cpu",   # where the network runs and the features stay
+) -> dict[str, FeatureTask]:   # layer -> task
     "Features of a snapshot with coarse and fine labels, by layer."
     (train, coarse), (test, coarse_test) = (run.features(epoch, layers, s, device) for s in ("train", "test"))
     fine, fine_test, _ = fine_labels(run.data)
@@ -352,11 +354,11 @@ def _kept(file, keys, compute):
 
 # %% ../../nbs/lab/90_probes.ipynb #79b0b9bb
 def measure_transfer(
-    run: Run,
+    run: Run,                                    # a finished run
     measures: Sequence[str] = tuple(MEASURES),   # names in `MEASURES`
     layers: Sequence[str] | None = None,         # default the last
     epochs: Sequence[int] | None = None,         # default all snapshots
-    device="cpu",
+    device: str | torch.device = "cpu",          # where the network runs
 ) -> pd.DataFrame:                               # tidy history, split "test"
     "Ask every measure of every layer of every snapshot. Raises `ValueError` for an unknown measure."
     if unknown := set(measures) - set(MEASURES): raise ValueError(f"measures {sorted(unknown)}: expected some of {', '.join(MEASURES)}")
@@ -366,7 +368,7 @@ def measure_transfer(
     kept = _kept(run.folder / f"transfer-{VERSION}.json", keys, lambda missing: _ask(run, missing, device))
     rows = [(int(epoch), layer, measure, value) for key, values in kept.items()
             for epoch, layer, _ in [key.split("/")] for measure, value in values.items()]
-    return as_history(run, rows)
+    return _as_history(run, rows)
 
 # %% ../../nbs/lab/90_probes.ipynb #1ddc9520
 def _snapshots(run, epochs):
@@ -387,10 +389,10 @@ def _ask(run, keys, device):
     return values
 
 # %% ../../nbs/lab/90_probes.ipynb #d29a459f
-def as_history(
-    run: Run,
+def _as_history(
+    run: Run,           # whose name and seed the rows bear
     rows,               # tuples (epoch, layer, measure, value)
-    split: str = "test",
+    split: str = "test",  # what to write in the column of this name
 ) -> pd.DataFrame:      # tidy: run, seed, epoch, split, layer, measure, value
     "Rows of a run's history."
     return pd.DataFrame([dict(run=run.folder.name, seed=run.config.seed, epoch=e, split=split, layer=layer, measure=m, value=v)
@@ -399,8 +401,8 @@ def as_history(
 # %% ../../nbs/lab/90_probes.ipynb #2cb82b1c
 def measure_runs(
     jobs,                   # iterable of (function, run, arguments by name); a function such as `measure_transfer`
-    device="cpu",           # torch.device or name; MPS has no float64 and is replaced by the CPU
-    n_jobs: int | None = None,   # default one a CPU core, or one on a GPU
+    device: str | torch.device = "cpu",   # where the networks run; MPS has no float64 and is replaced by the CPU
+    n_jobs: int | None = None,   # measurements at once, default one a CPU core, or one on a GPU
 ) -> list[pd.DataFrame]:    # in the order of the jobs
     "Tables of many measurements of runs."
     from joblib import Parallel, delayed
@@ -410,9 +412,9 @@ def measure_runs(
 
 # %% ../../nbs/lab/90_probes.ipynb #ba1143cf
 def pixel_task(
-    data: ImageData,
+    data: ImageData,      # a data set, coarse or not
     max_dim: int = 256,   # principal components kept of larger images
-) -> FeatureTask:
+) -> FeatureTask:         # float64 pixels in 0..1, or principal components
     "The images themselves as features."
     fine, fine_test, _ = fine_labels(data)
     X, X_test = (images.flatten(1).double() / 255 for images in (data.train_images, data.test_images))
@@ -431,12 +433,12 @@ def _fine_data(data):
 
 # %% ../../nbs/lab/90_probes.ipynb #951a9045
 def fine_tune(
-    run: Run,
+    run: Run,               # a finished run
     epoch: int,             # snapshot to start from
     per_class: int = 20,    # images of each fine class
-    epochs: int = 10,
+    epochs: int = 10,       # of fine-tuning
     lr: float | None = None,  # peak learning rate, default a third of the run's
-    device="cpu",
+    device: str | torch.device = "cpu",   # where to train
 ) -> float:                 # accuracy on the test set
     "Train a snapshot, with a new head, on a few images of each fine class; its test accuracy."
     data = _fine_data(run.data).subset(per_class, seed=run.config.seed)
@@ -457,21 +459,21 @@ def _test_accuracy(model, dl):
 
 # %% ../../nbs/lab/90_probes.ipynb #78c5a6a5
 def fine_tune_history(
-    run: Run,
+    run: Run,                             # a finished run
     epochs: Sequence[int] | None = None,  # snapshots, default all
-    device="cpu",
+    device: str | torch.device = "cpu",   # where to train
 ) -> pd.DataFrame:                        # tidy, measure "fine_tune"
     "Fine-tuning from every snapshot, kept in the run's folder."
     epochs = _snapshots(run, epochs)
     compute = lambda missing: {key: fine_tune(run, int(key), device=device) for key in missing}
     values = _kept(run.folder / f"fine-tune-{VERSION}.json", [str(e) for e in epochs], compute)
-    return as_history(run, [(int(e), "output", "fine_tune", v) for e, v in values.items()])
+    return _as_history(run, [(int(e), "output", "fine_tune", v) for e, v in values.items()])
 
 # %% ../../nbs/lab/90_probes.ipynb #1fb8a75d
 def adapt_images(
-    data: ImageData,
+    data: ImageData,              # images of any size
     shape: tuple[int, int, int],  # channels, height, width wanted
-) -> ImageData:
+) -> ImageData:                   # the same labels
     "The same data set with images of another size; grey where one channel is wanted, three equal channels where three are."
     def adapt(images):
         x = images.float()
@@ -495,9 +497,9 @@ def _letter(character, font, generator, size):
 def font_letters(
     size: int = 8,           # pixels a side
     per_class: int = 100,    # train images a letter; a quarter as many test images
-    letters: str = "ABCDEFGHIJ",
-    seed: int = 0,
-) -> ImageData:
+    letters: str = "ABCDEFGHIJ",   # the classes
+    seed: int = 0,           # of shifts, angles and sizes
+) -> ImageData:              # grey images
     "Capitals in the fonts of matplotlib: a small data set that needs no download."
     from matplotlib import get_data_path
     from PIL import ImageFont
@@ -533,10 +535,10 @@ def other_data(
 
 # %% ../../nbs/lab/90_probes.ipynb #975a6ae6
 def other_task(
-    run: Run,
+    run: Run,            # a finished run
     epoch: int,          # snapshot
     other: ImageData,    # its images are adapted to the network
-    device="cpu",
+    device: str | torch.device = "cpu",   # where the network runs and the features stay
 ) -> FeatureTask:        # last layer; coarse and fine labels are both those of `other`
     "Features that the network of a snapshot gives images of another data set."
     model, (mean, std) = run.model(epoch).to(device), run.data.channel_stats()
@@ -549,10 +551,10 @@ def other_task(
 
 # %% ../../nbs/lab/90_probes.ipynb #2798c3a0
 def other_data_history(
-    run: Run,
+    run: Run,                             # a finished run
     others: Sequence[ImageData],          # from `other_data`
     epochs: Sequence[int] | None = None,  # snapshots, default all
-    device="cpu",
+    device: str | torch.device = "cpu",   # where the network runs
 ) -> pd.DataFrame:                        # tidy, measures "probe_<name of the data set>"
     "The ordinary probe of other data sets on the last layer of every snapshot, kept in the run's folder."
     by_name = {f"{d.name}:{_fingerprint(d)}": d for d in others}
@@ -563,7 +565,7 @@ def other_data_history(
     keys = [f"{epoch}/{name}" for epoch in epochs for name in by_name]
     values, layer = _kept(run.folder / f"other-data-{VERSION}.json", keys, compute), tap_layers(run.model(epochs[0]))[-1]
     split = [(*key.split("/"), v) for key, v in values.items()]
-    return as_history(run, [(int(e), layer, f"probe_{d.split(':')[0]}", v) for e, d, v in split])
+    return _as_history(run, [(int(e), layer, f"probe_{d.split(':')[0]}", v) for e, d, v in split])
 
 # %% ../../nbs/lab/90_probes.ipynb #983642b4
 def _fingerprint(data):

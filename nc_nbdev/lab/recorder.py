@@ -77,6 +77,7 @@ from fastcore.basics import patch
 # %% ../../nbs/lab/50_recorder.ipynb #22cc8626
 @patch
 def before_fit(self: CollapseRecorder):
+    "Find the loaders and measure the untrained network; stay idle while fastai looks for a learning rate or predicts."
     self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
     if not self.run: return
     self._earlier, self._first = self.done, True   # a second fit goes on counting where the first ended
@@ -86,6 +87,7 @@ def before_fit(self: CollapseRecorder):
 
 @patch
 def after_train(self: CollapseRecorder):
+    "Measure, if due, when an epoch's batches are done and before fastai validates."
     if self._first and self.epoch > 0: self._earlier = 0   # resumed by `start_epoch`, which counts from the first fit
     self._first, self.done = False, self._earlier + self.epoch + 1
     self._measure(self.done)
@@ -118,7 +120,11 @@ def history(self: CollapseRecorder) -> pd.DataFrame:
     return pd.DataFrame(self.rows, columns=["run", "seed", "epoch", "split", "layer", "measure", "value"])
 
 @patch
-def plot(self: CollapseRecorder, name: str = "nc1_trace", ax=None):
+def plot(
+    self: CollapseRecorder,
+    name: str = "nc1_trace",     # a measure in `history`
+    ax: plt.Axes | None = None,  # where to draw, default the current axes
+) -> plt.Axes:                   # with a line a layer and split
     "A measure of every layer over epochs, train solid and test dashed."
     ax, history = ax or plt.gca(), self.history
     for i, layer in enumerate(dict.fromkeys(history[history.measure == name].layer)):

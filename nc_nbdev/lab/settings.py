@@ -18,7 +18,7 @@ from pathlib import Path
 # %% ../../nbs/lab/00_settings.ipynb #843f5aac
 @dataclass(frozen=True)
 class RunConfig:
-    "Everything that determines a training run; two runs with equal configurations have equal numbers."
+    "Everything that determines a training run; equal configurations give equal numbers. Raises `ValueError` for a field outside its range."
     dataset: str = "digits"               # a name `load_dataset` knows, or a folder of images
     train_per_class: int | None = None    # images a class kept of the train set, None for all
     test_per_class: int | None = None     # images a class kept of the test set, None for all
@@ -28,17 +28,17 @@ class RunConfig:
     model: str = "small_resnet"           # a name `build_model` knows
     width: int | None = 16                # width of the models that have one
     loss: str = "cross_entropy"           # or "mse": squared error to the one-hot label
-    epochs: int = 150
-    batch_size: int = 128
+    epochs: int = 150                     # passes over the train set
+    batch_size: int = 128                 # images a step
     lr: float = 0.03                      # peak learning rate
-    momentum: float = 0.9
+    momentum: float = 0.9                 # of stochastic gradient descent
     weight_decay: float = 1e-2            # L2 penalty on every parameter
     schedule: str = "cosine"              # "cosine", "step" or "constant"
     milestones: tuple[float, ...] = (1 / 3, 2 / 3)   # fractions of training where "step" divides the rate by 10
     augment: str | None = None            # None or "crop_flip"; measuring never augments
     measure_points: int = 24              # epochs at which features are measured, on a log grid, first and last included
     snapshots: int = 8                    # how many of those epochs keep the weights
-    seed: int = 0
+    seed: int = 0                         # of the initial weights, the batches, imbalance and label noise
 
     def __post_init__(self): _check_config(self)
 
@@ -79,7 +79,7 @@ def log_epochs(
 @dataclass(frozen=True)
 class Preset:
     "A scale: the training runs that the studies start from."
-    name: str
+    name: str                     # a key of `PRESETS`
     grid: tuple[RunConfig, ...]   # one configuration a data set x architecture, the main one first
     note: str                     # what it costs
 
@@ -97,10 +97,11 @@ PRESETS = {p.name: p for p in (
 # %% ../../nbs/lab/00_settings.ipynb #8da1d699
 @dataclass(frozen=True)
 class Settings:
-    "What `settings.ini` says: scale, seeds, device and folders."
+    "What `settings.ini` says: scale, seeds, device and folders. Raises `ValueError` for a value it does not know."
     preset: str = "quick"                     # a key of `PRESETS`
-    seeds: int = 3                            # seeds 0 .. seeds-1
+    seeds: int = 3                            # how many, at least 1: the seeds 0 .. seeds-1
     device: str = "auto"                      # "auto", "cpu", "cuda", "cuda:1", "mps"
+    datasets: tuple[str, ...] = ()            # of the preset's data sets, default all
     data_dir: Path = Path("data")             # data sets
     runs_dir: Path = Path("runs")             # runs
     overrides: dict = field(default_factory=dict)   # fields of `RunConfig` that replace the preset's
@@ -108,13 +109,16 @@ class Settings:
     def __post_init__(self):
         if self.preset not in PRESETS: raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
         if self.seeds < 1: raise ValueError(f"seeds={self.seeds}: expected at least 1")
+        if unknown := set(self.datasets) - (known := {c.dataset for c in PRESETS[self.preset].grid}):
+            raise ValueError(f"datasets={sorted(unknown)}: preset {self.preset} has {', '.join(sorted(known))}")
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
             raise ValueError(f"device={self.device!r}: expected auto, cpu, cuda, cuda:<index> or mps")
 
     @property
     def grid(self) -> tuple[RunConfig, ...]:
-        "The preset's configurations with the overrides applied."
-        return tuple(dict.fromkeys(replace(c, **self.overrides) for c in PRESETS[self.preset].grid))
+        "The preset's configurations of the chosen data sets with the overrides applied, one for each data set, model and loss."
+        chosen = [replace(c, **self.overrides) for c in PRESETS[self.preset].grid if not self.datasets or c.dataset in self.datasets]
+        return tuple({(c.dataset, c.model, c.loss): c for c in reversed(chosen)}.values())[::-1]
 
     @property
     def base(self) -> RunConfig:
@@ -149,6 +153,7 @@ def get_settings(
         raise ValueError(f"{root / 'settings.ini'}: unknown key {sorted(unknown)}; known are {sorted(known)} and the fields of RunConfig")
     for name in ("data_dir", "runs_dir"): values[name] = (root or folder) / values.get(name, name.removesuffix("_dir"))
     if "seeds" in values: values["seeds"] = int(values["seeds"])
+    if "datasets" in values: values["datasets"] = tuple(values["datasets"].replace(",", " ").split())
     return Settings(**{**values, "overrides": overrides, **changes})
 
 # %% ../../nbs/lab/00_settings.ipynb #3f86dbcf

@@ -61,7 +61,7 @@ def _first_tensor(value, layer):
 
 # %% ../../nbs/lab/30_taps.ipynb #de2256ca
 def check_layers(
-    model: nn.Module,
+    model: nn.Module,             # possibly inside DataParallel or torch.compile
     layers: str | Sequence[str],  # names in `model.named_modules()`, each possibly with ":input" at its end
 ) -> tuple[str, ...]:
     "The names as a tuple. Raises `ValueError` for a name that is not there, with the ones most like it."
@@ -89,7 +89,10 @@ class FeatureTaps:
         self._handles = []
         self.clear()
 
-    def clear(self): self._found, self._calls = {}, Counter()
+    def clear(self):
+        "Forget the features; every forward pass begins with it."
+        self._found, self._calls = {}, Counter()
+
     def __exit__(self, *exception):
         for handle in self._handles: handle.remove()
         self._handles = []
@@ -113,7 +116,11 @@ def _attach(self: FeatureTaps, layer):
     return module.register_forward_hook(lambda module, args, output: keep(output))
 
 @patch
-def __getitem__(self: FeatureTaps, layer: str) -> Tensor:
+def __getitem__(
+    self: FeatureTaps,
+    layer: str,  # one of `layers`
+) -> Tensor:     # (B, D)
+    "Features of a layer in the last forward pass. Raises `ValueError` unless it is tapped and ran once."
     calls = self._calls[layer]
     if calls == 1: return self._found[layer]
     if layer not in self.layers: raise ValueError(f"layer {layer!r} is not tapped; tapped are {', '.join(self.layers)}")
@@ -122,7 +129,9 @@ def __getitem__(self: FeatureTaps, layer: str) -> Tensor:
 
 # %% ../../nbs/lab/30_taps.ipynb #eba214a3
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(
+    model: nn.Module,  # any network
+):                     # yields the network
     "Evaluation mode inside the block; afterwards every module has the mode it had."
     modes = [(module, module.training) for module in model.modules()]
     try: yield model.eval()
@@ -161,7 +170,7 @@ def _tapped_batches(model, dl, layers, pool):
 
 # %% ../../nbs/lab/30_taps.ipynb #d69c3e82
 def layer_features(
-    model: nn.Module,
+    model: nn.Module,                                 # runs in evaluation mode and is left as it was
     dl: Iterable,                                     # batches (x, y)
     layers: str | Sequence[str],                      # as in `FeatureTaps`
     pool: str | Callable[[Tensor], Tensor] = "avg",   # as in `pool_features`
@@ -186,9 +195,12 @@ class Collected:
     head_layers: tuple[str, ...]             # layers whose features are the input of the last linear layer
 
     @property
-    def layers(self) -> tuple[str, ...]: return tuple(self.statistics)
+    def layers(self) -> tuple[str, ...]:
+        "The layers, in the order asked for."
+        return tuple(self.statistics)
     @property
     def accuracy(self) -> float | None:
+        "Share of labels predicted; None without predictions."
         return None if self.predictions is None else (self.predictions == self.labels).double().mean().item()
 
 # %% ../../nbs/lab/30_taps.ipynb #9236edcc
@@ -247,10 +259,10 @@ class _Accumulator:
 
 # %% ../../nbs/lab/30_taps.ipynb #5335d980
 def collect(
-    model: nn.Module,
+    model: nn.Module,                # runs in evaluation mode and is left as it was
     dl: Iterable,                    # batches (x, y), y int64 (B,)
     layers: str | Sequence[str],     # as in `FeatureTaps`
-    num_classes: int,
+    num_classes: int,                # K; labels are 0..K-1
     *,
     pool: str | Callable[[Tensor], Tensor] = "avg",          # as in `pool_features`
     keep: Sequence[str] = (),                                # layers whose features are kept, on the model's device
@@ -281,8 +293,8 @@ def _predict(out, num_classes):
 @dataclass(frozen=True, repr=False)
 class CollapseReport:
     "Collapse of every layer on every split. `frame` has it all; the dictionaries have the objects."
-    num_classes: int
-    layers: tuple[str, ...]
+    num_classes: int                                          # K
+    layers: tuple[str, ...]                                   # in order of depth
     measures: dict[str, dict[str, CollapseMeasures]]          # split -> layer -> measures
     collapse: dict[str, dict[str, TestCollapse]]              # test split -> layer -> the variances
     accuracy: dict[str, float | None]                         # split -> accuracy of the network
@@ -365,7 +377,7 @@ def _compare(train, test, layer, weighting, restarts, seed):
 
 # %% ../../nbs/lab/30_taps.ipynb #4990d9ec
 def compare_splits(
-    train: Collected,
+    train: Collected,                                      # the pass over the train set
     tests: Mapping[str, Collected],                        # by name, collected with `reference=train.statistics`
     *,
     head: tuple[Tensor, Tensor] | None = None,             # (W, b) of the layers in `head_layers`
@@ -373,7 +385,7 @@ def compare_splits(
     weighting: str = "class",                              # "class" or "sample"
     restarts: int = 4,                                     # k-means++ starts of the weak variance
     seed: int = 0,                                         # of these starts
-    notes: Sequence[str] = (),
+    notes: Sequence[str] = (),                             # the first notes of the report
 ) -> CollapseReport:
     "The report of passes already made. Raises `ValueError` for an empty class, naming the split."
     splits, notes = {"train": train, **tests}, list(notes)

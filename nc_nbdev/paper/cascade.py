@@ -15,6 +15,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from torch import nn
 from ..geometry.measures import measure_features
 from ..lab.claims import Claim, StudyResult
 from ..lab.figures import curves, epoch_axis, plot_measure, shade_tpt, tpt_start
@@ -70,7 +71,9 @@ def half_way(
     return pd.DataFrame(found).T.rename_axis("layer")
 
 # %% ../../nbs/paper/40_cascade.ipynb #841718db
-def block_layers(model) -> tuple[str, ...]:
+def block_layers(
+    model: nn.Module,        # one that `tap_layers` knows
+) -> tuple[str, ...]:        # names in order of depth
     "The tapped layers of a model in order of depth, and for the small residual network the middles of its blocks too."
     names, taps, found = [n for n, _ in model.named_modules()], tap_layers(model), []
     for child, _ in model.named_children():
@@ -109,7 +112,7 @@ def claims_cascade(
     random: pd.DataFrame,    # of the same with random labels
     layers,                  # names in order of depth
     final, start,            # `separation` of every seed at the end and untrained
-    scale: str = "",
+    scale: str = "",         # which preset, data set and model
 ) -> list[Claim]:            # claims 8a to 8e
     "Claim 8 of Hui, Belkin, Nakkiran 2202.08384, and the law of He and Su 2210.17020."
     common = dict(source="Hui, Belkin, Nakkiran 2022, 2202.08384", study="cascade", scale=scale)

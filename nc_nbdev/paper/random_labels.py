@@ -28,7 +28,7 @@ VARIANTS = {"true labels": {}, "half random": dict(label_noise=0.5), "random lab
 # %% ../../nbs/paper/10_random_labels.ipynb #191a9ad4
 def label_runs(
     settings: Settings,    # its main configuration and number of seeds
-    progress: bool = True,
+    progress: bool = True, # show a bar while training
 ) -> dict:                 # name of a variant -> history of all its seeds
     "Histories of the variants: true labels, half of them random, all of them random, and no weight decay."
     configs = [replace(settings.base, **change, seed=s) for change in VARIANTS.values() for s in range(settings.seeds)]

@@ -20,7 +20,7 @@ from ..lab.data import ImageData
 
 # %% ../../nbs/paper/05_tetrahedron.ipynb #d2f80163
 def choose_classes(
-    data: ImageData,
+    data: ImageData,         # any data set
     classes: Sequence[int],  # their labels in `data`, each once
 ) -> ImageData:              # K = len(classes), labelled 0..K-1 in this order
     "Only the images of some classes. Raises `ValueError` for a class that is not there, or is there twice."

@@ -30,6 +30,7 @@ from ..lab.probes import (feature_tasks, fine_tune_history, linear_probe, measur
                                  other_data_history, pixel_task, residual_kmeans)
 from ..lab.runs import Run, get_runs
 from ..lab.settings import RunConfig, Settings, get_settings, pick_device
+from .train_vs_test import variant
 
 # %% ../../nbs/paper/20_training_longer.ipynb #4294d949
 FALL, LOSS, LEFT, RANK = 0.05, -0.01, 0.75, 0.7   # bars of the falls, of the coarse task, of K-means, of the rank correlations
@@ -39,7 +40,7 @@ IDS = {"pairs": "ab", "binary": "cd", "animals_vehicles": "ef"}
 
 # %% ../../nbs/paper/20_training_longer.ipynb #121b33be
 def partitions(
-    config: RunConfig,
+    config: RunConfig,   # its data set decides
 ) -> tuple[str, ...]:  # names for `ImageData.coarsen`
     "The coarse tasks that a data set has."
     return ("pairs", "binary", "animals_vehicles") if config.dataset in ("cifar10", "stl10") else ("pairs", "binary")
@@ -56,9 +57,9 @@ def study_configs(
 
 # %% ../../nbs/paper/20_training_longer.ipynb #05f82d1f
 def study_runs(
-    settings: Settings,
-    progress: bool = True,
-) -> dict:               # (dataset, model) -> task -> list of Run, one a seed
+    settings: Settings,     # its grid and number of seeds
+    progress: bool = True,  # show a bar while training
+) -> dict:                  # (dataset, model) -> task -> list of Run, one a seed
     "Train, or read, the runs of the study, of the first loss where a preset has several. Weight decays are varied for its main configuration only."
     grid = {(c.dataset, c.model): c for c in reversed(settings.grid)}
     plan = {pair: study_configs(c, with_decays=c == settings.base) for pair, c in reversed(grid.items())}
@@ -84,7 +85,7 @@ def _jobs(tasks, others):
 # %% ../../nbs/paper/20_training_longer.ipynb #3be0d0bf
 def measure_tasks(
     tasks: Mapping,        # task -> runs, from `study_runs`
-    settings: Settings,
+    settings: Settings,    # its device and folder of data
 ) -> tuple[dict, list]:    # task -> tidy history of the runs and of all that was asked; names of data sets that are not on disk
     "The history of every task: collapse and accuracy as recorded in training, and transfer."
     others, missing = other_data(tasks["fine"][0].config, settings.data_dir)
@@ -105,7 +106,7 @@ def reference_lines(
 def plot_longer(
     histories: Mapping,          # task -> history
     references: Mapping = {},    # label -> accuracy, drawn as horizontal lines
-    title: str = "",
+    title: str = "",             # before the name of each panel
 ):                               # a Figure
     "Coarse test accuracy and the probe of the fine classes, one panel a coarse task, the fine task's probe as the control."
     names = [task for task in IDS if task in histories]
@@ -125,7 +126,7 @@ def plot_longer(
 # %% ../../nbs/paper/20_training_longer.ipynb #2f27b7ed
 def plot_collapse_and_transfer(
     histories: Mapping,   # task -> history, weight decays among the tasks
-    title: str = "",
+    title: str = "",      # before the name of each panel
 ):                        # a Figure
     "Probe accuracy against NC1: left over the snapshots of a run, right over weight decays at the end of training."
     decays = sorted(t for t in histories if isinstance(t, float))
@@ -152,7 +153,7 @@ KINDS = {"probe_whitened": ("whitened, C chosen", "C2", "-"), "probe_standardise
 # %% ../../nbs/paper/20_training_longer.ipynb #1aeb5de9
 def plot_lost_or_small(
     histories: Mapping,   # task -> history
-    title: str = "",
+    title: str = "",      # before the name of each panel
 ):                        # a Figure
     "Five ways to ask for the fine classes, one panel a coarse task."
     names = [task for task in IDS if task in histories]
@@ -169,7 +170,7 @@ def plot_lost_or_small(
 # %% ../../nbs/paper/20_training_longer.ipynb #34ef30a2
 def plot_other_transfer(
     histories: Mapping,   # task -> history
-    title: str = "",
+    title: str = "",      # before the name of each panel
 ):                        # a Figure
     "Nearest centres, fine-tuning and other data over epochs."
     pairs, fine = histories["pairs"], histories["fine"]
@@ -187,7 +188,7 @@ def plot_other_transfer(
 
 # %% ../../nbs/paper/20_training_longer.ipynb #665b99cc
 def window(
-    history: pd.DataFrame,
+    history: pd.DataFrame,   # of one task, all seeds
     measure: str,            # one measured at snapshots
 ) -> tuple[pd.Series, int]:  # T0 by seed, NaN where the terminal phase is not reached or only at the end; T
     "The first snapshot in the terminal phase and the last one."
@@ -198,9 +199,9 @@ def window(
 
 # %% ../../nbs/paper/20_training_longer.ipynb #631ad7de
 def fall(
-    history: pd.DataFrame,
-    measure: str,
-    split: str = "test",
+    history: pd.DataFrame,          # of one task, all seeds
+    measure: str,                   # one in the history
+    split: str = "test",            # "train" or "test"
     snapshots: str | None = None,   # a measure that says at which epochs there are snapshots, default this one
 ) -> np.ndarray:                    # (seeds,); NaN without a terminal phase
     "The value at T0 minus that at T, by seed."
@@ -218,8 +219,8 @@ def rank_correlation(
 
 # %% ../../nbs/paper/20_training_longer.ipynb #94ec1043
 def correlation_over_snapshots(
-    history: pd.DataFrame,
-    measure: str = "probe_standardised",
+    history: pd.DataFrame,    # of one task, all seeds
+    measure: str = "probe_standardised",  # of transfer
 ) -> list[float]:             # one a seed
     "Rank correlation of NC1 and a measure of transfer over the trained snapshots."
     table = curves(history, measure).loc[1:]
@@ -229,8 +230,8 @@ def correlation_over_snapshots(
 # %% ../../nbs/paper/20_training_longer.ipynb #a49d1f5d
 def correlation_over_decays(
     histories: Mapping,       # weight decay -> history
-    measure: str,
-    split: str = "test",
+    measure: str,             # one in the histories
+    split: str = "test",      # where the measure was taken
 ) -> list[float]:             # one a seed
     "Rank correlation of NC1 and a measure over weight decays at the end of training."
     final = [(curves(h, "nc1_trace", "train").iloc[-1], curves(h, measure, split).iloc[-1]) for h in histories.values()]
@@ -288,7 +289,7 @@ def claims_training_longer(
 
 # %% ../../nbs/paper/20_training_longer.ipynb #f0302da8
 def kmeans_chance(
-    run: Run,
+    run: Run,    # on coarse labels
 ) -> float:  # agreement on train images
     "K-means of the residuals at the end of a run against shuffled fine labels."
     layer = tap_layers(run.model(run.config.epochs))[-1]
@@ -299,8 +300,8 @@ def kmeans_chance(
 def shuffle_within(
     fine: torch.Tensor,      # (N,) labels to shuffle
     coarse: torch.Tensor,    # (N,) groups within which to shuffle
-    seed: int = 0,
-) -> torch.Tensor:
+    seed: int = 0,           # of the permutations
+) -> torch.Tensor:           # (N,)
     "The labels of every group in another order."
     generator, shuffled = torch.Generator().manual_seed(seed), fine.clone()
     for k in coarse.unique():
@@ -316,12 +317,12 @@ def run_training_longer(
     "Study 3: train, or read, the runs, probe their snapshots, and measure claims 5 and 6."
     settings = settings or get_settings()
     claims, figures, parts = [], {}, []
-    for i, ((dataset, model), tasks) in enumerate(study_runs(settings, progress).items()):
+    for (dataset, model), tasks in study_runs(settings, progress).items():
         histories, missing = measure_tasks(tasks, settings)
         found = claims_training_longer(histories, [kmeans_chance(r) for r in tasks["pairs"]], f"{settings.preset}: {dataset}, {model}")
         if missing: found = [replace(c, note=f"other data not on disk: {', '.join(missing)}") if c.id == "5h" else c for c in found]
-        claims += found if i == 0 else [replace(c, id=f"{c.id}.{i + 1}", statement=f"{c.statement} ({dataset}, {model})") for c in found]
-        end = "" if i == 0 else f"_{dataset}_{model}"
+        end = variant(replace(settings.base, dataset=dataset, model=model), settings.base)
+        claims += [replace(c, id=c.id + end, statement=f"{c.statement} ({dataset}, {model})") for c in found] if end else found
         figures |= {f"training_longer{end}": plot_longer(histories, reference_lines(tasks["pairs"][0].data)),
                     f"collapse_and_transfer{end}": plot_collapse_and_transfer(histories),
                     f"lost_or_small{end}": plot_lost_or_small(histories), f"other_transfer{end}": plot_other_transfer(histories)}

@@ -24,6 +24,7 @@ from ..lab.models import tap_layers
 from ..lab.probes import measure_runs, measure_transfer
 from ..lab.runs import get_runs
 from ..lab.settings import Settings, get_settings, pick_device
+from .train_vs_test import variant
 from .training_longer import MORE_SEEDS, partitions
 
 # %% ../../nbs/paper/30_which_layer.ipynb #a0879b58
@@ -33,9 +34,9 @@ PROBE = "probe_standardised"
 
 # %% ../../nbs/paper/30_which_layer.ipynb #2e896ddd
 def layer_histories(
-    settings: Settings,
-    progress: bool = True,
-) -> dict:               # (dataset, model) -> (layers in order of depth, test images, {task: tidy history with the probe of every layer})
+    settings: Settings,     # its grid and number of seeds
+    progress: bool = True,  # show a bar while training
+) -> dict:                  # (dataset, model) -> (layers in order of depth, test images, {task: tidy history with the probe of every layer})
     "Train, or read, the runs on coarse and fine tasks, and probe every layer of every snapshot."
     grid, found = {(c.dataset, c.model): c for c in reversed(settings.grid)}, {}
     for pair, config in reversed(grid.items()):
@@ -51,8 +52,8 @@ def layer_histories(
 
 # %% ../../nbs/paper/30_which_layer.ipynb #b549bdc1
 def layer_colors(
-    layers: Sequence[str],
-) -> dict:                # layer -> colour, from dark (first) to light (last)
+    layers: Sequence[str],  # in order of depth
+) -> dict:                  # layer -> colour, from dark (first) to light (last)
     "Colours in order of depth."
     return {layer: plt.cm.viridis(0.1 + 0.75 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
 
@@ -60,7 +61,7 @@ def layer_colors(
 def plot_layers(
     histories: Mapping,       # task -> history
     layers: Sequence[str],    # in order of depth
-    title: str = "",
+    title: str = "",          # before the name of each panel
 ):                            # a Figure
     "Probe accuracy of every layer over epochs, a panel a task."
     fig, axes = plt.subplots(1, len(histories), figsize=(2.9 * len(histories), 3.7), sharey=True, squeeze=False)
@@ -78,7 +79,7 @@ def plot_layers(
 def plot_depth(
     history: pd.DataFrame,    # of networks trained on one coarse task
     layers: Sequence[str],    # in order of depth
-    title: str = "",
+    title: str = "",          # above the figure
 ):                            # a Figure
     "Probe accuracy against depth at four epochs, mean and range over seeds."
     tables = {layer: curves(history, PROBE, layer=layer) for layer in layers}
@@ -99,16 +100,16 @@ def best_layer(
     accuracies: Sequence[float],  # of every layer in order of depth
     num_test: int,                # test images they are measured on
 ) -> int:                         # index of the layer
-    "The deepest layer within one standard error of the best."
+    "The deepest layer within one standard error of the best. Raises `ValueError` for NaN."
     a = np.asarray(accuracies, dtype=float)
     if np.isnan(a).any(): raise ValueError(f"accuracies {a}: expected a number for every layer")
     return int(np.flatnonzero(a >= a.max() - np.sqrt(a.max() * (1 - a.max()) / num_test)).max())
 
 # %% ../../nbs/paper/30_which_layer.ipynb #139ecda4
 def best_layers(
-    history: pd.DataFrame,
+    history: pd.DataFrame,   # of one task, all seeds
     layers: Sequence[str],   # in order of depth
-    num_test: int,
+    num_test: int,           # test images
 ) -> pd.DataFrame:           # index epoch, one column a seed: index of the best layer
     "The best layer of every snapshot."
     values = np.stack([curves(history, PROBE, layer=layer) for layer in layers])   # (layers, epochs, seeds)
@@ -118,7 +119,7 @@ def best_layers(
 
 # %% ../../nbs/paper/30_which_layer.ipynb #a02d6f67
 def ahead(
-    history: pd.DataFrame,
+    history: pd.DataFrame,   # of one task, all seeds
     layers: Sequence[str],   # in order of depth
 ) -> np.ndarray:             # (seeds,)
     "Accuracy at the end of the best earlier layer minus that of the last."
@@ -127,9 +128,9 @@ def ahead(
 
 # %% ../../nbs/paper/30_which_layer.ipynb #a4aeef47
 def drift(
-    history: pd.DataFrame,
+    history: pd.DataFrame,   # of one task, all seeds
     layers: Sequence[str],   # in order of depth
-    num_test: int,
+    num_test: int,           # test images
 ) -> np.ndarray:             # (seeds,), in layers, positive towards the input
     "How far the best layer moves from the last layer's best trained snapshot to the end."
     best, last = best_layers(history, layers, num_test), curves(history, PROBE, layer=layers[-1]).loc[1:]
@@ -162,10 +163,10 @@ def run_which_layer(
     "Study 4: train, or read, the runs, probe every layer, and measure claim 7."
     settings = settings or get_settings()
     claims, figures, parts = [], {}, []
-    for i, ((dataset, model), (layers, num_test, histories)) in enumerate(layer_histories(settings, progress).items()):
+    for (dataset, model), (layers, num_test, histories) in layer_histories(settings, progress).items():
         found = claims_which_layer(histories, layers, num_test, f"{settings.preset}: {dataset}, {model}")
-        claims += found if i == 0 else [replace(c, id=f"{c.id}.{i + 1}", statement=f"{c.statement} ({dataset}, {model})") for c in found]
-        end = "" if i == 0 else f"_{dataset}_{model}"
+        end = variant(replace(settings.base, dataset=dataset, model=model), settings.base)
+        claims += [replace(c, id=c.id + end, statement=f"{c.statement} ({dataset}, {model})") for c in found] if end else found
         figures |= {f"which_layer{end}": plot_layers(histories, layers), f"which_layer_depth{end}": plot_depth(histories["pairs"], layers, "trained on pairs")}
         parts += [h.assign(run=h.run + f": {task}") for task, h in histories.items()]
     return StudyResult("which_layer", "Which layer transfers", claims, pd.concat(parts), figures)

@@ -33,7 +33,7 @@ from .unconstrained_ce import descend, minimise, worst_measure
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #6bb3cf4a
 @dataclass(frozen=True)
 class DeepProblem:
-    "Sizes and weight decays of a deep unconstrained features problem; depth is the number of weight matrices."
+    "Sizes and weight decays of a deep unconstrained features problem; depth is the number of weight matrices. Raises `ValueError` unless there are L >= 1 widths and L + 1 decays."
     num_classes: int = 4                          # K
     per_class: int = 4                            # n
     widths: tuple[int, ...] = (6, 6)              # dimension of H, then of the outputs of W_1 .. W_{L-1}: L numbers
@@ -61,11 +61,11 @@ class DeepFeatures(Module):
 
     def __init__(
         self,
-        problem: DeepProblem,
-        seed: int = 0,       # of the random start
-        scale: float = 1.5,  # size of the start: entries of H, and of sqrt(width) W
-        bias: bool = True,   # a free bias at the end (never decayed)
-        relu: bool = False,  # ReLU after W_1 .. W_{L-1}
+        problem: DeepProblem,  # sizes
+        seed: int = 0,         # of the random start
+        scale: float = 1.5,    # size of the start: entries of H, and of sqrt(width) W
+        bias: bool = True,     # a free bias at the end (never decayed)
+        relu: bool = False,    # ReLU after W_1 .. W_{L-1}
     ):
         super().__init__()
         K, n, widths = problem.num_classes, problem.per_class, problem.widths
@@ -90,7 +90,7 @@ class DeepFeatures(Module):
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #03aa495a
 def deep_objective(
-    model: DeepFeatures,
+    model: DeepFeatures,   # its logits, bias, labels and factors
     problem: DeepProblem,  # its decays
 ) -> Tensor:  # scalar
     "Squared error to the one-hot label, halved and averaged over samples, plus the decay of every factor."
@@ -100,7 +100,7 @@ def deep_objective(
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #f1d71ed7
 def measure_layers(
-    model: DeepFeatures,
+    model: DeepFeatures,      # linear or with ReLU
 ) -> list[CollapseMeasures]:  # one a layer, 0 .. L-1
     "All measures of every layer. In the linear model the layers above are the head; with ReLU only the last layer has one."
     layers, K = [h.detach() for h in model.layers()], model.weights[-1].shape[0]
@@ -138,9 +138,9 @@ class DeepMinimum:
 def deep_minimum(
     problem: DeepProblem,  # with widths of at least K (with a bias K-1)
     bias: bool = True,     # whether there is a free bias
-    nonzero: bool = False, # the nonzero local minimum, even where zero is better; raises `ValueError` if there is none
+    nonzero: bool = False, # the nonzero local minimum, even where zero is better
 ) -> DeepMinimum:
-    "Closed form for any depth (Tirer, Bruna 2202.08087 for two layers, Dang et al. 2301.00437)."
+    "Closed form for any depth (Tirer, Bruna 2202.08087 for two layers, Dang et al. 2301.00437). Raises `ValueError` where `nonzero` asks for a minimum that is not there."
     K, m, a = problem.num_classes, problem.factors, problem.num_classes * problem.strength
     rank, u = K - 1 if bias else K, _gain(a, m)
     if nonzero and u is None: raise ValueError(f"K kappa = {a:.3g}: beyond it there is no nonzero critical point")
@@ -171,12 +171,12 @@ def plot_potential(
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #adad6443
 def deep_starts(
-    problem: DeepProblem,
-    starts: int = 10,     # how many, seeds 0, 1, ...
-    scale: float = 1.5,   # of the start
-    bias: bool = True,
-    relu: bool = False,
-) -> pd.DataFrame:        # a row a start: loss, logits, excess, factors, worst, first (NaN if the logits are 0)
+    problem: DeepProblem,  # to minimise
+    starts: int = 10,      # how many, seeds 0, 1, ...
+    scale: float = 1.5,    # of the start
+    bias: bool = True,     # a free bias at the end
+    relu: bool = False,    # ReLU after W_1 .. W_{L-1}
+) -> pd.DataFrame:         # a row a start: loss, logits, excess, factors, worst, nc1, first (NaN if the logits are 0)
     "Minimise from random starts, and compare each end with the closed form of the linear model."
     rows, closed = [], deep_minimum(problem, bias)
     for seed in range(starts):
@@ -202,7 +202,7 @@ def deep_problem(
     depth: int,              # L
     relative: float = 0.4,   # K kappa in units of the critical strength
     width: int = 6,          # of every layer
-    num_classes: int = 4,
+    num_classes: int = 4,    # K
 ) -> DeepProblem:
     "A problem of any depth with another decay for each factor."
     decays = tuple(1 + 0.5 * math.sin(2 + 3 * j) for j in range(depth + 1))
@@ -211,8 +211,8 @@ def deep_problem(
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #1987ddac
 def plot_landscape(
-    depth: int = 2,
-    scales: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2),
+    depth: int = 2,   # L
+    scales: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2),  # of the random starts
     starts: int = 6,  # a scale
 ):                    # a Figure
     "How many singular values survive, by size of the start; and the jump of the minimiser with the strength of decay."
@@ -238,19 +238,19 @@ def plot_landscape(
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #61539249
 def layer_rates(
-    problem: DeepProblem,
-) -> list[float]:  # of layers 0 .. L-1
+    problem: DeepProblem,  # its decays
+) -> list[float]:          # of layers 0 .. L-1
     "The sums lambda_0 + .. + lambda_l: rates at which within-class deviations of layer l vanish; exact for l = 0 and 1, see the text."
     return np.cumsum(problem.decays[:-1]).tolist()
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #92c9b03c
 def deep_history(
-    problem: DeepProblem,
-    seed: int = 0,
-    rate: float = 0.3,    # learning rate
-    steps: int = 1500,
-    every: int = 50,
-) -> pd.DataFrame:        # tidy: run, seed, epoch (the step), split, layer, measure, value
+    problem: DeepProblem,  # of a linear model with a bias
+    seed: int = 0,         # of the random start
+    rate: float = 0.3,     # learning rate
+    steps: int = 1500,     # of gradient descent
+    every: int = 50,       # steps between two measurements
+) -> pd.DataFrame:         # tidy: run, seed, epoch (the step), split, layer, measure, value
     "nc1_trace and nc2_etf of every layer along plain gradient descent from a random start."
     model, rows = DeepFeatures(problem, seed, scale=1.0), []
     for step, part in descend(model, lambda m: deep_objective(m, problem), rate, steps, every):
@@ -298,7 +298,7 @@ def relu_solution(
     problem: DeepProblem,  # two layers: widths of at least (rank C, K)
     C: Tensor,             # (K, K) correlation matrix of the class means before the ReLU
 ) -> DeepFeatures:         # a two-layer ReLU model without bias
-    "Class means C before the ReLU, sizes of the linear closed form: a minimiser's loss for every C without positive correlations."
+    "Class means C before the ReLU, sizes of the linear closed form: a minimiser's loss for every C without positive correlations. Raises `ValueError` for other than two layers, and for widths that are too small."
     if len(problem.widths) != 2: raise ValueError(f"relu_solution is for two layers, got {len(problem.widths)}")
     K, n = problem.num_classes, problem.per_class
     s0, s1, s2 = deep_minimum(problem, bias=False).factors

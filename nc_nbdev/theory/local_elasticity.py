@@ -32,7 +32,7 @@ def simulate(
     beta: Rate,  # inter-class elasticity
     times: Tensor,  # (T,) increasing times of the steps
     sigma: float = 1.0,  # noise, per root of time
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None,  # of the noise, default torch's own
 ) -> Tensor:  # (..., K, n, D) features at the last time
     "The LE-SDE by Euler-Maruyama (Zhang, Wang, Su 2021, arXiv 2110.05960). Raises `ValueError` for times that do not increase."
     if times.ndim != 1 or not (times.diff() > 0).all(): raise ValueError(f"times {times}: expected an increasing vector")
@@ -52,7 +52,7 @@ def initial_features(
     per_class: int = 30,  # n
     dim: int = 6,  # D
     distance: float = 0.3,  # standard deviation of a coordinate of the class means
-    seed: int = 0,
+    seed: int = 0,  # of the generator
 ) -> tuple[Tensor, torch.Generator]:  # (runs, K, n, D) float64, and the generator for the noise
     "Class means at random, features around them with unit noise: classes overlap."
     g = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def expected_traces(
     num_classes: int,  # K
     per_class: int,  # n
     dim: int,  # D
-    sigma: float = 1.0,
+    sigma: float = 1.0,  # noise, per root of time
 ) -> tuple[float, float]:  # E tr Sigma_W, E tr Sigma_B
     "Expected within- and between-class variance of the LE-SDE with constant elasticities."
     a, noise = (alpha - beta) / num_classes, sigma ** 2 * dim
@@ -126,10 +126,10 @@ def expected_nc1_fading(
 
 def simulate_fading(
     c: float,  # alpha - beta = c / t, with beta = 0
-    runs: int = 16,
+    runs: int = 16,  # independent simulations
     end: float = 1e4,  # last time
-    steps: int = 600,
-    seed: int = 0,
+    steps: int = 600,  # of the grid of times
+    seed: int = 0,  # of the start and of the noise
 ) -> tuple[Tensor, Tensor]:  # features at time 1 and at the end, (runs, K, n, D)
     "The LE-SDE with elasticity c / t, on a geometric grid of times."
     X, g = initial_features(runs, seed=seed)
@@ -232,8 +232,8 @@ class _KeepWeights(Callback):
 
 # %% ../../nbs/theory/80_local_elasticity.ipynb #9bf1149a
 def elastic_config(
-    settings: Settings,
-    seed: int = 0,
+    settings: Settings,  # its base run is shortened
+    seed: int = 0,  # of the run
 ) -> RunConfig:
     "The preset's main run, shortened to the phase in which classes separate; no momentum and no weight decay."
     return replace(settings.base, epochs=8, lr=0.05, momentum=0.0, weight_decay=0.0, schedule="constant", width=8, seed=seed)
@@ -343,8 +343,8 @@ def _network_claims(runs):
 
 # %% ../../nbs/theory/80_local_elasticity.ipynb #1d889b94
 def plot_phases(
-    seed: int = 0,
-):
+    seed: int = 0,  # of the start and of the noise
+):  # a Figure
     "nc1_trace of the LE-SDE against time on both sides of alpha = beta, simulated and in closed form."
     import matplotlib.pyplot as plt
     X, g = initial_features(runs=16, seed=seed)
@@ -364,7 +364,7 @@ def plot_phases(
 # %% ../../nbs/theory/80_local_elasticity.ipynb #cd1c33b1
 def plot_network(
     runs: list[ElasticRun],  # one a seed
-):
+):  # a Figure
     "Elasticities of a network by epoch, and measured against predicted separation of its classes."
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6))

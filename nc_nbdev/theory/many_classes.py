@@ -87,7 +87,7 @@ def cool(
     dim: int,  # D
     starts: int = 12,  # independent random starts
     steps: int = 400,  # at each temperature
-    seed: int = 0,
+    seed: int = 0,  # of the starts
 ) -> dict[float, tuple[Tensor, Tensor]]:  # temperature -> W and H (starts, K, D)
     "Riemannian gradient ascent of the soft margin from random starts, the temperature halved again and again."
     W, H, _ = random_spheres(num_classes, dim, 1, starts, seed)

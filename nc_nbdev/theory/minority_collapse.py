@@ -13,6 +13,7 @@ __all__ = ['LayerPeeled', 'peeled', 'minimise', 'merges', 'critical_ratio', 'twi
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #940f49c2
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
@@ -25,13 +26,13 @@ from scipy.special import softmax
 from ..geometry.means import nc2_etf
 from ..lab.claims import Claim, StudyResult
 from ..lab.models import head_of
-from ..lab.runs import get_runs, snapshot_epochs
-from ..lab.settings import Settings, get_settings
+from ..lab.runs import Run, get_runs, snapshot_epochs
+from ..lab.settings import RunConfig, Settings, get_settings
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #629bf9ef
 @dataclass(frozen=True)
 class LayerPeeled:
-    "Unconstrained features of unbalanced classes, one feature a class (Fang et al. 2021, 2101.12699)."
+    "Unconstrained features of unbalanced classes, one feature a class (Fang et al. 2021, 2101.12699). Raises `ValueError` unless each of at least 2 classes has a positive share and a positive cost, the shares sum to 1 and the penalties are positive."
     shares: tuple[float, ...]  # omega_c: the share of class c in the loss, positive, sum 1
     costs: tuple[float, ...]  # nu_c: how often the penalty counts the feature of class c, positive
     lw: float  # lambda_W, positive
@@ -49,13 +50,13 @@ class LayerPeeled:
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #e1661062
 def peeled(
-    counts,  # (K,) samples a class; need not be integers
+    counts: Sequence[float],  # (K,) samples a class; need not be integers
     lw: float,  # lambda_W
     lh: float,  # lambda_H
     cost: str = "sample",  # the penalty counts every sample's feature ("sample") or each class once ("class")
     reweighted: bool = False,  # give every class the same weight in the loss
 ) -> LayerPeeled:
-    "The problem for classes of these sizes, under one of the conventions."
+    "The problem for classes of these sizes, under one of the conventions. Raises `ValueError` for another `cost`, and for fewer than 2 classes or a size or penalty that is not positive."
     if cost not in ("sample", "class"): raise ValueError(f"cost={cost!r}: expected 'sample' or 'class'")
     n = np.asarray(counts, dtype=float)
     shares = np.full(len(n), 1 / len(n)) if reweighted else n / n.sum()
@@ -64,7 +65,7 @@ def peeled(
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #60cad09c
 def minimise(
-    problem: LayerPeeled,
+    problem: LayerPeeled,  # shares, costs and penalties
     dim: int | None = None,  # D, default K + 2; at least K for the convex theory
     seed: int = 0,  # of the random start
 ) -> tuple[torch.Tensor, torch.Tensor, float]:  # W (K, D), H (K, D) one feature a class, the value
@@ -88,7 +89,7 @@ def minimise(
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #66e46793
 def merges(
-    problem: LayerPeeled,
+    problem: LayerPeeled,  # shares, costs and penalties
 ) -> tuple[bool, ...]:  # one a class
     "Whether each class has the same row and feature as a twin, if it has one (derived in this notebook, after Hong, Ling 2023, 2309.09725)."
     return tuple(share <= problem.lam * math.sqrt(cost) for share, cost in zip(problem.shares, problem.costs, strict=True))
@@ -101,7 +102,7 @@ def critical_ratio(
     lam: float,  # sqrt(lambda_W lambda_H)
     cost: str = "sample",  # as in `peeled`
 ) -> float:  # may be below 1: then the small classes are merged at every ratio
-    "The ratio of large to small class sizes from which on the small classes are merged."
+    "The ratio of large to small class sizes from which on the small classes are merged. Raises `ValueError` for k_B < 2."
     if k_B < 2: raise ValueError(f"k_B={k_B}: one class alone has nothing to merge with, expected at least 2")
     return (1 / (lam * math.sqrt(n_B if cost == "sample" else 1)) - k_B) / k_A
 
@@ -146,7 +147,7 @@ def _reduced(problem, k):
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #02ab020b
 def two_groups(
-    problem: LayerPeeled,
+    problem: LayerPeeled,  # one share and one cost in each group
     k_A: int,  # the first k_A classes are twins, and so are the others
 ) -> TwoGroups:
     "The minimum from four numbers (derived in this notebook). Raises `ValueError` when the classes are not two groups of twins."
@@ -164,7 +165,7 @@ def two_groups(
 # %% ../../nbs/theory/60_minority_collapse.ipynb #4445f02a
 def group_cosine(
     W: torch.Tensor,  # (K, D) classifier
-    group,  # slice or list of at least two classes
+    group: slice | list[int],  # at least two classes
 ) -> float:
     "The mean cosine between the rows of a group, seen from the mean of all rows."
     M = W.double() - W.double().mean(0)
@@ -173,13 +174,13 @@ def group_cosine(
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #3676ddfa
 def locate_merging(
-    problem_at,  # a size (float) -> a `LayerPeeled` problem, in which the group merges when the size is large
+    problem_at: Callable[[float], LayerPeeled],  # the problem of a size; the group merges when the size is large
     group: slice,  # which twins
     bracket: tuple[float, float],  # sizes: not merged at the first, merged at the second
     seed: int = 0,  # of the starts
     steps: int = 11,  # bisections, on a logarithmic scale
 ) -> float:
-    "The size from which on the twins of a group are merged, by bisection over minima found by descent."
+    "The size from which on the twins of a group are merged, by bisection over minima found by descent. Raises `ValueError` for a bracket that does not hold it."
     low, high = bracket
     merged = lambda size: twin_gap(*minimise(problem_at(size), seed=seed)[:2], group) < 1e-3
     if merged(low) or not merged(high): raise ValueError(f"bracket={bracket}: expected twins apart at the first size and merged at the second")
@@ -190,7 +191,7 @@ def locate_merging(
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #9b481b07
 def seli_gram(
-    counts,  # (K,) samples a class
+    counts: Sequence[float],  # (K,) samples a class
 ) -> torch.Tensor:  # (K, K) float64, Frobenius norm 1
     "W W^T of the simplex-encoded-labels geometry, up to scale (Thrampoulidis et al. 2022, 2208.05512)."
     n = torch.as_tensor(counts, dtype=torch.float64)
@@ -208,7 +209,7 @@ def gram_of(
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #b2b93cb0
 def max_margin(
-    counts,  # (K,) samples a class
+    counts: Sequence[float],  # (K,) samples a class
     dim: int | None = None,  # D, default K + 2
     seed: int = 0,  # of the random start
     stiffness: float = 1e4,  # of the penalty for margins below 1
@@ -232,9 +233,9 @@ def max_margin(
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #79d1dee9
 def unbalanced_configs(
-    settings: Settings,
+    settings: Settings,  # its preset, base run and number of seeds
     ratio: float = 50.0,  # largest over smallest class; sizes fall geometrically
-) -> list:  # of `RunConfig`, one a seed
+) -> list[RunConfig]:  # one a seed
     "The preset's main run on unbalanced classes, with twice its weight decay; short at the preset quick."
     base = settings.base
     epochs = min(base.epochs, 60) if settings.preset == "quick" else base.epochs
@@ -243,17 +244,17 @@ def unbalanced_configs(
 
 
 def cosine_history(
-    run,  # a `Run`
-    group: list[int],  # classes
+    run: Run,  # finished
+    group: list[int],  # at least two classes
 ) -> dict[int, float]:  # epoch -> cosine
     "The mean cosine between the classifier rows of a group, at each epoch whose weights were kept."
     return {epoch: group_cosine(head_of(run.model(epoch))[0], group) for epoch in snapshot_epochs(run.config)}
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #8ba83edc
 def plot_network(
-    runs,  # finished runs of `unbalanced_configs`
-):
-    "Cosines of the smallest and the largest classes over training, and row norms at its end. Returns the figure."
+    runs: list[Run],  # finished runs of `unbalanced_configs`, one a seed
+):  # a Figure
+    "Cosines of the smallest and the largest classes over training, and row norms at its end."
     counts = runs[0].data.train_labels.bincount().tolist()
     K = len(counts)
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))

@@ -22,11 +22,11 @@ class Model:
     "A modelling principle: what it assumes, and what it says about each part of collapse."
     study: str  # name of the study and of its module
     sources: str  # author year
-    assumes: str
-    NC1: str
-    NC2: str
-    NC3: str
-    NC4: str
+    assumes: str  # of features, loss and regularisation
+    NC1: str  # what it says about within-class variability
+    NC2: str  # about the geometry of the class means
+    NC3: str  # about the duality of class means and classifier
+    NC4: str  # about the nearest-centre rule
     fresh: str  # what it says about fresh data
 
 # %% ../../nbs/theory/00_modelling_principles.ipynb #425f4696

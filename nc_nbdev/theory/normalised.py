@@ -48,7 +48,7 @@ def random_spheres(
     dim: int,  # D
     per_class: int,  # n
     starts: int = 1,  # independent starts
-    seed: int = 0,
+    seed: int = 0,  # of the random points
 ) -> tuple[Tensor, Tensor, Tensor]:  # W (starts, K, D), H (starts, N, D), y (N,); float64
     "Uniformly random classifiers and features on the sphere."
     g = torch.Generator().manual_seed(seed)
@@ -59,9 +59,9 @@ def random_spheres(
 # %% ../../nbs/theory/40_normalised.ipynb #2cc52341
 def smallest_loss(
     num_classes: int,  # K
-    tau: float,  # inverse temperature
+    tau: float,  # inverse temperature, positive
 ) -> float:
-    "The minimum of `normalised_loss` over all unit rows, reached when D >= K - 1 (Yaras et al. 2022, 2209.09211)."
+    "The minimum of `normalised_loss` over all unit rows, reached when D >= K - 1 (Yaras et al. 2022, 2209.09211). Raises `ValueError` for K < 2 and for tau <= 0."
     if num_classes < 2 or not tau > 0: raise ValueError(f"num_classes={num_classes}, tau={tau}: expected at least 2 classes and tau > 0")
     return math.log1p((num_classes - 1) * math.exp(-tau * num_classes / (num_classes - 1)))
 
@@ -78,7 +78,7 @@ def sphere_gradients(
     W: Tensor,  # (..., K, D) unit rows
     H: Tensor,  # (..., N, D) unit rows
     y: Tensor,  # (N,)
-    tau: float,
+    tau: float,  # inverse temperature, positive
 ) -> tuple[Tensor, Tensor]:  # of the shapes of W and H
     "Riemannian gradients of `normalised_loss`."
     R = (tau * H @ W.mT).softmax(-1) - F.one_hot(y, W.shape[-2]).to(W)  # (..., N, K)
@@ -89,9 +89,9 @@ def riemannian_descent(
     W: Tensor,  # (..., K, D) where to start
     H: Tensor,  # (..., N, D)
     y: Tensor,  # (N,)
-    tau: float,
+    tau: float,  # inverse temperature, positive
     lr: float = 2.0,  # step size
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:  # W (..., K, D), H (..., N, D)
     "All iterates (W, H) of gradient descent on the product of spheres, the start first; it never stops by itself."
     while True:
         yield W, H
@@ -103,7 +103,7 @@ def collapse_of(
     W: Tensor,  # (K, D)
     H: Tensor,  # (N, D)
     y: Tensor,  # (N,)
-) -> dict[str, float]:
+) -> dict[str, float]:  # 0 at collapse
     "NC1, NC2 and NC3 of one configuration: `nc1_trace`, `nc2_etf`, `nc3_duality`."
     stats = ClassStatistics.from_features(H, y, num_classes=len(W))
     return {"nc1_trace": nc1_trace(stats), "nc2_etf": nc2_etf(stats), "nc3_duality": nc3_duality(W, stats)}
@@ -124,9 +124,9 @@ def variability_rate(
     num_classes: int,  # K
     dim: int,  # D, at least K - 1
     per_class: int,  # n, at least 2
-    tau: float,  # inverse temperature
+    tau: float,  # inverse temperature, positive
 ) -> float:  # the smallest curvature of the loss in the directions within a class
-    "The rate at which within-class deviations decay near the simplex (derived in this notebook)."
+    "The rate at which within-class deviations decay near the simplex (derived in this notebook). Raises `ValueError` for D < K - 1."
     if dim < num_classes - 1: raise ValueError(f"dim={dim}: a simplex of {num_classes} classes needs at least {num_classes - 1}")
     q = 1 / (math.exp(tau * num_classes / (num_classes - 1)) + num_classes - 1)  # probability of a wrong class
     return tau * q / per_class * (1 if dim >= num_classes else 1 + tau / (num_classes - 1))
@@ -136,7 +136,7 @@ def riemannian_hessian(
     W: Tensor,  # (K, D) unit rows
     H: Tensor,  # (N, D) unit rows
     y: Tensor,  # (N,)
-    tau: float,
+    tau: float,  # inverse temperature, positive
 ) -> Tensor:  # (m, m) with m = (K + N) D; radial directions are in its null space
     "The Hessian of `normalised_loss` on the product of spheres, in ambient coordinates."
     K, X = len(W), torch.cat([W, H])
@@ -153,11 +153,11 @@ def measured_rate(
     num_classes: int,  # K
     dim: int,  # D
     per_class: int,  # n
-    tau: float,
-    starts: int = 3,
-    lr: float = 1.0,
-    seed: int = 0,
-) -> np.ndarray:  # (starts,)
+    tau: float,  # inverse temperature, positive
+    starts: int = 3,  # independent random starts
+    lr: float = 1.0,  # step size
+    seed: int = 0,  # of the random starts
+) -> np.ndarray:  # (starts,), per unit of step size
     "The rate of `nc1_trace` in a descent near its end, comparable with `variability_rate`."
     slowest = -2 * math.log1p(-lr * variability_rate(num_classes, dim, per_class, tau))  # fall of log nc1 a step
     first, last = round(20 / slowest), round(26 / slowest)
@@ -187,9 +187,9 @@ def plot_rates(
 def critical_points(
     num_classes: int,  # K, one sample each
     dim: int,  # D
-    tau: float,
-    starts: int = 30,
-    seed: int = 0,
+    tau: float,  # inverse temperature, positive
+    starts: int = 30,  # random points to search from
+    seed: int = 0,  # of these points
 ) -> np.ndarray:  # (m, 2): loss above the minimum, smallest eigenvalue of the Riemannian Hessian
     "Critical points of the loss found from random starts by least squares on the gradient; the few that do not converge are left out."
     K, y = num_classes, torch.arange(num_classes)

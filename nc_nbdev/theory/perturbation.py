@@ -24,14 +24,14 @@ from ..geometry.variability import nc1_trace
 
 # %% ../../nbs/theory/70_perturbation.ipynb #f8d090f9
 class AnchoredFeatures(nn.Module):
-    "Free features held near `H0`, and a linear classifier; calling it gives the loss (Tirer et al. 2022, arXiv 2210.16658)."
+    "Free features held near `H0`, and a linear classifier; calling it gives the loss (Tirer et al. 2022, arXiv 2210.16658). Raises `ValueError` for `H0` and `y` that do not fit, for classes of unequal size, and unless lw > 0 and lh >= 0."
 
     def __init__(
         self,
         H0: Tensor,  # (N, D) features of the layer below
         y: Tensor,  # (N,) labels in 0..K-1, balanced
         lw: float,  # lambda_W, positive
-        lh: float,  # lambda_H, positive
+        lh: float,  # lambda_H, at least 0
         starts: int = 1,  # independent random starts, the leading dimension of W and H
     ):
         super().__init__()
@@ -62,7 +62,7 @@ def noisy_classes(
     per_class: int = 12,  # n
     dim: int = 8,  # D
     spread: float = 1.0,  # standard deviation within a class, in units of that between the means
-    seed: int = 0,
+    seed: int = 0,  # of the means and of the features
 ) -> tuple[Tensor, Tensor]:  # H0 (N, D) float64, y (N,)
     "Random class means with random features around them."
     g = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ def central_path(
     time: float = 40.0,  # length of the path, in units of N times the gradient
     max_step: float = 0.5,  # largest time step
 ) -> tuple[Tensor, Tensor]:  # times (T,), features (T, N, D)
-    "Features along the central path: gradient flow with the classifier optimal at every moment."
+    "Features along the central path: gradient flow with the classifier optimal at every moment. Raises `ValueError` for `H0` and `y` that do not fit, for classes of unequal size, and unless lw > 0 and lh >= 0."
     _check_problem(H0, y, lw, lh)
     Y, times, path = F.one_hot(y).to(H0.dtype), [0.0], [H0]
     def velocity(H):
@@ -117,8 +117,8 @@ def joint_path(
     H0: Tensor,  # (N, D) start
     y: Tensor,  # (N,) labels, balanced
     lw: float,  # lambda_W
-    time: float = 40.0,
-    steps: int = 2000,
+    time: float = 40.0,  # length of the path, in units of N times the gradient of the features
+    steps: int = 2000,  # of Euler's scheme
 ) -> Tensor:  # (steps / 10 + 1, N, D)
     "Gradient flow of features and classifier together, without anchor, from W = the class means: off the central path."
     Y, dt, H, path = F.one_hot(y).to(H0.dtype), time / steps, H0, [H0]
@@ -158,10 +158,10 @@ def shrinkage(
 
 # %% ../../nbs/theory/70_perturbation.ipynb #af452ffe
 def descend(
-    model: AnchoredFeatures,
-    steps: int = 2000,
+    model: AnchoredFeatures,  # its W and H are changed in place
+    steps: int = 2000,  # how many
     lr: float = 0.1,  # times N: the step of one sample's feature
-    momentum: float = 0.97,
+    momentum: float = 0.97,  # share of the last step that is added to the next, 0 <= momentum < 1
 ) -> float:  # the largest entry of the gradient at the end, times N
     "Gradient descent on W and H."
     # the features' gradient is 1/N of the classifier's: with the same rate for both they would be N times slower
@@ -180,9 +180,9 @@ def near_collapse(
     num_classes: int = 4,  # K
     per_class: int = 12,  # n
     dim: int = 4,  # D, at least K
-    seed: int = 0,
+    seed: int = 0,  # of the noise
 ) -> tuple[Tensor, Tensor]:  # H0 (N, D) float64, y (N,)
-    "Class means that are an orthogonal frame of length `scale`, and noise around them."
+    "Class means that are an orthogonal frame of length `scale`, and noise around them. Raises `ValueError` for D < K."
     if dim < num_classes: raise ValueError(f"dim={dim}: {num_classes} orthogonal class means need at least as many dimensions")
     y = torch.arange(num_classes).repeat_interleave(per_class)
     noise = torch.randn(len(y), dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -191,10 +191,10 @@ def near_collapse(
 # %% ../../nbs/theory/70_perturbation.ipynb #571cc3d2
 def collapsed_scale(
     c0: float,  # length of the class means of the layer below, positive
-    beta: float,  # N lambda_H
-    kappa: float,  # K lambda_W
+    beta: float,  # N lambda_H, positive
+    kappa: float,  # K lambda_W, positive
 ) -> tuple[float, float]:  # h, w
-    "Lengths of class means and classifier rows at the minimiser, for collapsed orthogonal features."
+    "Lengths of class means and classifier rows at the minimiser, for collapsed orthogonal features. Raises `ValueError` for a number that is not positive."
     if not min(c0, beta, kappa) > 0: raise ValueError(f"c0={c0}, beta={beta}, kappa={kappa}: expected positive numbers")
     excess = lambda h: beta * (h - c0) - kappa * h / (h * h + kappa) ** 2
     low, high = c0, 2 * c0 + 1
@@ -218,11 +218,11 @@ class FirstOrder:
 def first_order(
     H0: Tensor,  # (N, D), near c0 Y Q with Q the first K unit vectors
     y: Tensor,  # (N,) labels, balanced
-    c0: float,  # length of the collapsed means
-    lw: float,  # lambda_W
-    lh: float,  # lambda_H
+    c0: float,  # length of the collapsed means, positive
+    lw: float,  # lambda_W, positive
+    lh: float,  # lambda_H, positive
 ) -> FirstOrder:
-    "Predict the minimiser of `AnchoredFeatures` near collapse."
+    "Predict the minimiser of `AnchoredFeatures` near collapse. Raises `ValueError` for classes of unequal size, and unless c0, lw and lh are positive."
     _check_problem(H0, y, lw, lh)
     Y = F.one_hot(y).to(H0.dtype)
     K, beta, kappa = Y.shape[1], len(y) * lh, Y.shape[1] * lw
@@ -244,7 +244,7 @@ def alternate(
     steps: int = 20_000,  # at most
     tolerance: float = 1e-13,  # largest change of a feature in the last step
 ) -> tuple[Tensor, Tensor]:  # H (N, D), W (K, D)
-    "A stationary point by alternating least squares in W and H. Raises `RuntimeError` if it has not converged."
+    "A stationary point by alternating least squares in W and H. Raises `RuntimeError` if it has not converged, `ValueError` as `AnchoredFeatures` does."
     _check_problem(H0, y, lw, lh)
     Y, H, beta = F.one_hot(y).to(H0.dtype), H0, len(y) * lh
     eye = torch.eye(H0.shape[1], dtype=H0.dtype)
@@ -258,19 +258,19 @@ def alternate(
 @dataclass(frozen=True)
 class Elasticities:
     "Logarithmic derivatives by lambda_H and by lambda_W, of nc1_trace and of the residual 1 - h w."
-    nc1_lh: float
-    nc1_lw: float
-    residual_lh: float
-    residual_lw: float
+    nc1_lh: float  # d log nc1_trace / d log lambda_H
+    nc1_lw: float  # d log nc1_trace / d log lambda_W
+    residual_lh: float  # d log (1 - h w) / d log lambda_H
+    residual_lw: float  # d log (1 - h w) / d log lambda_W
 
 
 def elasticities(
-    c0: float,  # length of the class means of the layer below
-    beta: float,  # N lambda_H
-    kappa: float,  # K lambda_W
+    c0: float,  # length of the class means of the layer below, positive
+    beta: float,  # N lambda_H, positive
+    kappa: float,  # K lambda_W, positive
     inside: float = 1.0,  # p: share of tr Sigma_W(H0) in the span of the class means
 ) -> Elasticities:
-    "How nc1_trace and the fit answer to each regulariser near collapse."
+    "How nc1_trace and the fit answer to each regulariser near collapse. Raises `ValueError` as `collapsed_scale` does."
     h, w = collapsed_scale(c0, beta, kappa)
     a, q = (h * h - kappa) / (h * h + kappa), w * w / (beta + w * w)
     g = 1 / (h / (h - c0) + 1 + 2 * a)
@@ -361,7 +361,7 @@ def _near_collapse_claims(seeds):
     ]
 
 # %% ../../nbs/theory/70_perturbation.ipynb #ae709fb2
-def plot_path():
+def plot_path():  # a Figure
     "nc1_trace along the central path, with and without anchor, and the quasi-static prediction."
     import matplotlib.pyplot as plt
     H0, y = near_collapse(0.3, 0.1)
@@ -379,8 +379,8 @@ def plot_path():
 # %% ../../nbs/theory/70_perturbation.ipynb #60df9962
 def plot_regularisers(
     c0: float = 1.0,  # length of the class means of the layer below
-    seed: int = 0,
-):
+    seed: int = 0,  # of the noise
+):  # a Figure
     "nc1_trace of the numerical minimiser against each regulariser, with the closed form."
     import matplotlib.pyplot as plt
     H0, y = near_collapse(c0, 1e-3, seed=seed)                 # D = K: all deviations are in the span

@@ -24,11 +24,11 @@ from ..geometry.variability import cdnv
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #86054a3e
 def few_shot_bound(
-    cdnv: float,  # mean over pairs of classes, of the distribution that shots and samples come from
-    num_classes: int,  # K
-    shots: int | None,  # n, or None for exact class means
+    cdnv: float,  # at least 0; mean over pairs of classes, of the distribution that shots and samples come from
+    num_classes: int,  # K, at least 2
+    shots: int | None,  # n, at least 1, or None for exact class means
 ) -> float:  # may exceed 1, and then says nothing
-    "Upper bound of the error of the nearest-centre rule, averaged over classes (after Galanti et al. 2021, arXiv 2112.15121)."
+    "Upper bound of the error of the nearest-centre rule, averaged over classes (after Galanti et al. 2021, arXiv 2112.15121). Raises `ValueError` for values out of range."
     if cdnv < 0 or num_classes < 2 or (shots is not None and shots < 1):
         raise ValueError(f"cdnv={cdnv}, num_classes={num_classes}, shots={shots}: expected cdnv >= 0, K >= 2, shots >= 1")
     return 4 * (num_classes - 1) * (1 + (1 / shots if shots else 0)) * cdnv
@@ -38,9 +38,9 @@ def few_shot_error(
     H: Tensor,  # (N, D) features: the distribution
     y: Tensor,  # (N,) labels in 0..K-1
     shots: int,  # n a class
-    episodes: int = 200,
+    episodes: int = 200,  # independent draws of shots and queries
     queries: int = 10,  # a class and episode
-    seed: int = 0,
+    seed: int = 0,  # of these draws
 ) -> float:  # 0 to 1
     "Mean error of the nearest-centre rule over random episodes."
     g, K = torch.Generator().manual_seed(seed), int(y.max()) + 1
@@ -65,8 +65,8 @@ def two_point_classes(
     p: float,  # share of samples on the boundary, 0 < p < 1/2
     denominator: int = 1000,  # samples a class
     overshoot: float = 1e-9,  # how far beyond the boundary, so that a tie is an error
-) -> tuple[Tensor, Tensor]:  # H (2 * denominator, 1) float64, y
-    "Two classes on a line whose nearest-centre error attains Cantelli's bound."
+) -> tuple[Tensor, Tensor]:  # H (2 * denominator, 1) float64, y (2 * denominator,)
+    "Two classes on a line whose nearest-centre error attains Cantelli's bound. Raises `ValueError` for p outside (0, 1/2)."
     if not 0 < p < 0.5: raise ValueError(f"p={p}: expected a share between 0 and 1/2")
     ones = round(p * denominator)
     q = ones / denominator
@@ -90,7 +90,7 @@ def gaussian_few_shot_error(
     dim: int,  # D
     shots: int,  # n
     nodes: int = 400,  # of Gauss-Legendre quadrature
-) -> float:
+) -> float:  # 0 to 1
     "Exact nearest-centre error for two isotropic Gaussian classes of equal variance."
     from scipy.stats import ncx2
     sigma = (cdnv / dim) ** 0.5                                        # Delta = 1
@@ -101,12 +101,12 @@ def gaussian_few_shot_error(
 
 
 def simulate_gaussian(
-    cdnv: float,
-    dim: int,
-    shots: int,
-    episodes: int = 200_000,
-    seed: int = 0,
-) -> float:
+    cdnv: float,  # D sigma^2 / Delta^2
+    dim: int,  # D
+    shots: int,  # n
+    episodes: int = 200_000,  # independent draws of shots and one query
+    seed: int = 0,  # of these draws
+) -> float:  # 0 to 1
     "The same by simulation, one query an episode."
     g, sigma = torch.Generator().manual_seed(seed), (cdnv / dim) ** 0.5
     normal = lambda scale: scale * torch.randn(episodes, dim, generator=g)
@@ -115,7 +115,7 @@ def simulate_gaussian(
     return float(((h - other).square().sum(dim=1) <= (h - own).square().sum(dim=1)).double().mean())
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #4ea1e247
-def plot_gaussian():
+def plot_gaussian():  # a Figure
     "Exact few-shot error of Gaussian classes, Cantelli's extreme case and the bound, against CDNV."
     import matplotlib.pyplot as plt
     V, fig = np.logspace(-2, 0.5, 26), plt.figure(figsize=(8, 3.6))
@@ -136,9 +136,9 @@ from ..lab.training import make_learner, prepare_data, train
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #5d93df9e
 def keep_classes(
-    data: ImageData,
-    classes: list[int],  # in their new order
-) -> ImageData:
+    data: ImageData,  # of K classes
+    classes: list[int],  # at least 2 of 0..K-1, in their new order
+) -> ImageData:  # train and test set of these classes
     "The part of a data set that belongs to some classes, relabelled 0, 1, ... Raises `ValueError` for fewer than 2 or an unknown class."
     if len(set(classes)) < 2 or not set(classes) <= set(range(data.num_classes)):
         raise ValueError(f"classes {classes}: expected at least 2 different ones of 0..{data.num_classes - 1}")
@@ -152,17 +152,17 @@ def keep_classes(
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #57a4d44f
 def transfer_config(
-    settings: Settings,
-    seed: int = 0,
+    settings: Settings,  # its base run is changed
+    seed: int = 0,  # of the run, and of the choice of unseen classes
 ) -> RunConfig:
     "The preset's main run, short: 70 images of each source class, 50 epochs."
     return replace(settings.base, train_per_class=70, epochs=50, batch_size=64, width=8, seed=seed)
 
 
 def split_classes(
-    data: ImageData,
-    num_sources: int,  # source classes, at most K - 3
-    seed: int = 0,
+    data: ImageData,  # of K classes
+    num_sources: int,  # source classes, 2 to K - 3
+    seed: int = 0,  # of the choice
 ) -> tuple[ImageData, ImageData]:  # source classes, the 3 unseen classes
     "Three unseen classes at random by seed, and the first source classes of the rest."
     order = torch.randperm(data.num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -269,8 +269,8 @@ def _transfer_claims(runs):
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #c537fe12
 def plot_transfer(
-    runs: list[dict],  # one a seed: (features, number of source classes) -> Transfer
-):
+    runs: list[dict[tuple[str, int], Transfer]],  # one a seed: (features, number of source classes) -> Transfer
+):  # a Figure
     "CDNV by number of source classes on train, test and unseen classes; 5-shot error of unseen classes."
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6))

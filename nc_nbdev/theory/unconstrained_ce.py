@@ -83,8 +83,8 @@ class UnconstrainedFeatures(Module):
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #b1d5fd90
 def decay(
-    model: UnconstrainedFeatures,
-    problem: Problem,  # its lw, lh, lb
+    model: UnconstrainedFeatures,  # its W, H and b
+    problem: Problem,              # its lw, lh, lb
 ) -> Tensor:  # scalar
     "The weight decay lw/2 |W|^2 + lh/2 |H|^2 + lb/2 |b|^2."
     terms = (problem.lw, model.W), (problem.lh, model.H), (problem.lb, model.b)
@@ -92,8 +92,8 @@ def decay(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #cc488415
 def ce_objective(
-    model: UnconstrainedFeatures,
-    problem: Problem,  # its lw, lh, lb
+    model: UnconstrainedFeatures,  # its logits, labels, W, H and b
+    problem: Problem,              # its lw, lh, lb
 ) -> Tensor:  # scalar
     "Mean cross-entropy plus weight decay (Zhu et al. 2021, 2105.02375)."
     return cross_entropy(model(), model.y) + decay(model, problem)
@@ -109,8 +109,8 @@ class Minimum:
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #46ee162e
 def ce_minimum(
-    problem: Problem,
-) -> Minimum:
+    problem: Problem,  # its K, n, lw, lh, with dim >= K-1
+) -> Minimum:          # margin, loss and norms
     "Closed form of the minimum with cross-entropy: s = log(1/strength - (K-1)), or 0 beyond the threshold K strength = 1."
     K, lam = problem.num_classes, problem.strength
     s = math.log(1 / lam - (K - 1)) if K * lam < 1 else 0.0
@@ -120,7 +120,7 @@ def ce_minimum(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #6d865b8b
 def ce_solution(
-    problem: Problem,
+    problem: Problem,  # with dim >= K-1
 ) -> UnconstrainedFeatures:  # a global minimiser
     "The simplex with the closed form's size: W_c on its vertices, h_i = sqrt(lw / (n lh)) W_{y_i}."
     model, K = UnconstrainedFeatures(problem), problem.num_classes
@@ -159,7 +159,7 @@ _ONE_AT_COLLAPSE = ("nc3_cosine", "ncc_accuracy")
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #8fe79a89
 def worst_measure(
-    measures: CollapseMeasures,
+    measures: CollapseMeasures,  # of features with a head
     skip: tuple[str, ...] = (),  # names left out
 ) -> float:  # 0 at exact collapse
     "The largest distance of any measure from its value at collapse. Raises `ValueError` for a measure that could not be had."
@@ -170,9 +170,9 @@ def worst_measure(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #fbf92fad
 def ce_starts(
-    problem: Problem,
-    starts: int = 20,  # how many, seeds 0, 1, ...
-    scale: float = 1.0,
+    problem: Problem,    # to minimise
+    starts: int = 20,    # how many, seeds 0, 1, ...
+    scale: float = 1.0,  # standard deviation of the start's entries
 ) -> pd.DataFrame:  # a row a start: loss, excess over the closed form, |W|_F, |Z|_F, worst measure (NaN if |Z| is 0)
     "Minimise from random starts, and compare each end with the closed form."
     rows, minimum = [], ce_minimum(problem)
@@ -186,7 +186,7 @@ def ce_starts(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #f0db7d47
 def plot_ce_minimum(
-    problem: Problem,
+    problem: Problem,  # its lw and lh are scaled together
     points: int = 13,  # strengths, each minimised from one random start
 ):                     # a Figure
     "The margin and the norm of the classifier against the strength of weight decay: minimised, and in closed form."
@@ -208,16 +208,16 @@ def plot_ce_minimum(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #903d565a
 def lowest_curvature_at_zero(
-    problem: Problem,
-) -> float:
+    problem: Problem,  # its K, n, lw, lh
+) -> float:            # negative where K strength < 1
     "Closed form of the lowest eigenvalue of the Hessian in (W, H) at W = H = b = 0 (cross-entropy)."
     middle, half = (problem.lw + problem.lh) / 2, (problem.lw - problem.lh) / 2
     return middle - math.sqrt(half**2 + 1 / (problem.per_class * problem.num_classes**2))
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #d2a1ca10
 def hessian_eigenvalues_at_zero(
-    problem: Problem,
-) -> Tensor:  # ascending, one a parameter
+    problem: Problem,  # sizes and decays
+) -> Tensor:           # ascending, one a parameter
     "Eigenvalues of the full Hessian at zero, by automatic differentiation."
     K, D, N = problem.num_classes, problem.dim, problem.num_classes * problem.per_class
     y = torch.arange(K).repeat_interleave(problem.per_class)
@@ -233,8 +233,8 @@ def descend(
     model: Module,                          # its parameters are changed in place
     objective: Callable[[Module], Tensor],  # scalar to minimise
     rate: float = 2.0,                      # learning rate
-    steps: int = 1000,
-    every: int = 10,                        # how often to keep a copy
+    steps: int = 1000,                      # how many
+    every: int = 10,                        # steps between two copies
 ) -> list[tuple[int, dict[str, Tensor]]]:   # (step, copy of the parameters), the first before any step
     "Plain gradient descent, with snapshots."
     parts, kept = list(model.parameters()), []
@@ -249,8 +249,8 @@ def descend(
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #642f10cd
 def plot_plane(
     problem: Problem,  # with dim=2
-    seed: int = 5,
-    steps: int = 600,
+    seed: int = 5,     # of the random start
+    steps: int = 600,  # of gradient descent
 ):                     # a Figure
     "Gradient descent in the plane: the paths of features and class means, and the simplex they end on."
     model = UnconstrainedFeatures(problem, seed, scale=0.5)
@@ -271,18 +271,18 @@ def plot_plane(
 def nc1_rate(
     problem: Problem,  # with K >= 3
 ) -> float:            # per unit of time (steps times learning rate)
-    "The rate r at which within-class deviations vanish in the end: lh, and lh (1 + s/K) when D = K-1."
+    "The rate r at which within-class deviations vanish in the end: lh, and lh (1 + s/K) when D = K-1. Raises `ValueError` for K < 3 and for D < K-1."
     K = problem.num_classes
     if K < 3 or problem.dim < K - 1: raise ValueError(f"nc1_rate holds for 3 <= K <= D+1, got K={K}, D={problem.dim}")
     return problem.lh * (1.0 if problem.dim >= K else 1 + ce_minimum(problem).margin / K)
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #f2a42255
 def ce_history(
-    problem: Problem,
-    seed: int = 0,
+    problem: Problem,    # sizes and decays
+    seed: int = 0,       # of the random start
     rate: float = 2.0,   # learning rate
-    steps: int = 1500,
-    every: int = 50,
+    steps: int = 1500,   # of gradient descent
+    every: int = 50,     # steps between two measurements
 ) -> pd.DataFrame:       # tidy: run, seed, epoch (the step), split, layer, measure, value
     "Every measure along plain gradient descent from a random start."
     model, rows = UnconstrainedFeatures(problem, seed), []
@@ -343,12 +343,12 @@ def _residual(H, W, Y):
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #f138d79a
 def ce_flow(
-    problem: Problem,
+    problem: Problem,     # its K, D, n; its decays are not used
     starts: int = 20,     # R, run side by side
     scale: float = 0.01,  # standard deviation of the start's entries
-    steps: int = 1500,
-    every: int = 50,
-    seed: int = 0,
+    steps: int = 1500,    # of Euler's scheme
+    every: int = 50,      # steps between two that are kept
+    seed: int = 0,        # of the random starts
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # time (R,), features (R, N, D), classifiers (R, K, D), at every kept step
     "Gradient flow of the bare cross-entropy without bias (Ji et al. 2110.02796), by Euler steps that grow as the loss falls."
     K, D, N = problem.num_classes, problem.dim, problem.num_classes * problem.per_class
@@ -367,7 +367,7 @@ def ce_flow(
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #aab73402
 def flow_history(
     flow: list[tuple[Tensor, Tensor, Tensor]],  # of `ce_flow`
-    problem: Problem,
+    problem: Problem,                           # the same; its K and n are used
 ) -> pd.DataFrame:  # a row a kept step and start: t, margin, and every measure
     "Every measure along a flow. The margin is |W|_F^2 / ((K-1) sqrt(n))."
     y = torch.arange(problem.num_classes).repeat_interleave(problem.per_class)
@@ -382,7 +382,7 @@ def flow_history(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #1e9a33be
 def plot_flow(
-    problem: Problem,
+    problem: Problem,                              # its K, D, n; its decays are not used
     scales: tuple[float, ...] = (0.01, 0.1, 0.5),  # of the starts
 ):                                                 # a Figure
     "Without decay: the margin against log t and its law, and nc1_trace against the margin for starts of several sizes."

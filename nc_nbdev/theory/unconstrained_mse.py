@@ -29,8 +29,8 @@ from .unconstrained_ce import Problem, UnconstrainedFeatures, decay, descend, mi
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #2ea3afa9
 def mse_objective(
-    model: UnconstrainedFeatures,
-    problem: Problem,  # its lw, lh, lb
+    model: UnconstrainedFeatures,  # its logits, labels, W, H and b
+    problem: Problem,              # its lw, lh, lb
 ) -> Tensor:  # scalar
     "Squared error to the one-hot label, halved and averaged over samples, plus weight decay."
     Y = torch.eye(problem.num_classes, dtype=torch.float64)[model.y]  # (N, K)
@@ -49,9 +49,9 @@ class MseMinimum:
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #4a1f9596
 def mse_minimum(
-    problem: Problem,
+    problem: Problem,   # with dim >= K, or K-1 where t = 0
     bias: bool = True,  # whether there is one
-) -> MseMinimum:
+) -> MseMinimum:        # singular values, bias, loss and norms
     "Soft thresholds: x = (1 - K strength)+, t = (1 - K strength / c)+ with c = lb/(1+lb), 1 without bias."
     K, lam = problem.num_classes, problem.strength
     c = problem.lb / (1 + problem.lb) if bias else 1.0
@@ -64,7 +64,7 @@ def mse_minimum(
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #39471e69
 def mse_solution(
     problem: Problem,   # with dim >= K
-    bias: bool = True,
+    bias: bool = True,  # whether there is one
 ) -> UnconstrainedFeatures:  # a global minimiser
     "W is the symmetric square root of its Gram matrix (n lh/lw)^1/2 (x P + t 11^T/K), padded to D columns; h_i follows."
     K, n, m = problem.num_classes, problem.per_class, mse_minimum(problem, bias)
@@ -87,9 +87,9 @@ def frame_error(
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #eb1e02cc
 def mse_starts(
-    problem: Problem,
+    problem: Problem,   # to minimise
     starts: int = 20,   # how many, seeds 0, 1, ...
-    bias: bool = True,
+    bias: bool = True,  # whether there is one
 ) -> pd.DataFrame:      # a row a start: excess, error of singular values, logits, frame, worst (NaN if the logits are 0)
     "Minimise from random starts, and compare each end with the closed form."
     rows, m, K = [], mse_minimum(problem, bias), problem.num_classes
@@ -109,7 +109,7 @@ def mse_starts(
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #4274b749
 def plot_mse_minimum(
-    problem: Problem,
+    problem: Problem,  # lw and lh are scaled on the left, lb is varied on the right
     points: int = 9,  # of each curve, each minimised from one random start
 ):                    # a Figure
     "Singular values against the strength of decay, and against the decay of the bias: minimised, and in closed form."
@@ -143,9 +143,9 @@ def least_squares_classifier(
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #547286e0
 def mse_parts(
-    model: UnconstrainedFeatures,
-    problem: Problem,  # with lb = 0: the bias is free
-) -> dict[str, float]:  # nc1, nc23, decay, perp: they sum to `mse_objective`
+    model: UnconstrainedFeatures,  # its H, W, b and labels
+    problem: Problem,              # with lb = 0: the bias is free
+) -> dict[str, float]:             # nc1, nc23, decay, perp: they sum to `mse_objective`
     "The objective in the parts of Han, Papyan, Donoho 2021 (2106.02073). Raises `ValueError` for a decayed bias."
     if problem.lb: raise ValueError(f"mse_parts needs a free bias, lb=0, got lb={problem.lb}")
     H, W, b, K = model.H.detach(), model.W.detach(), model.b.detach(), problem.num_classes
@@ -162,12 +162,12 @@ def mse_parts(
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #20923fdf
 def mse_history(
-    problem: Problem,   # with lb = 0
-    seed: int = 0,
+    problem: Problem,    # with lb = 0
+    seed: int = 0,       # of the random start
     scale: float = 0.3,  # of the random start
     rate: float = 0.5,   # learning rate
-    steps: int = 600,
-    every: int = 10,
+    steps: int = 600,    # of gradient descent
+    every: int = 10,     # steps between two measurements
 ) -> pd.DataFrame:       # tidy: run, seed, epoch (the step), split, layer, measure, value
     "Measures and parts of the loss (part_nc1, part_nc23, part_decay, part_perp) along plain gradient descent."
     model, rows = UnconstrainedFeatures(problem, seed, scale), []
@@ -222,9 +222,9 @@ def _renormalise(H, y, whiten):
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #e26e8a15
 def central_path(
     problem: Problem,      # its K, D, n, with n K - K >= D
-    seed: int = 0,
+    seed: int = 0,         # of the random features
     whiten: bool = False,  # renormalise by whitening instead of projecting
-    steps: int = 600,
+    steps: int = 600,      # of gradient descent
     pace: float = 0.005,   # largest relative change of a singular value in a step
 ) -> list[tuple[float, Tensor]]:  # (time, singular values (K-1,)), first the start
     "Renormalised gradient descent of the features with the least-squares classifier, by simulation."
@@ -246,7 +246,7 @@ def central_path(
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #31b12c5a
 def plot_central_path(
     problem: Problem,  # with n K - K >= D
-    seed: int = 0,
+    seed: int = 0,     # of the random features
 ):                     # a Figure
     "Singular values on the central path, simulated and in closed form, for both ways to renormalise; and their NC1."
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.4))
