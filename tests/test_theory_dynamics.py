@@ -203,13 +203,13 @@ def test_gaussian_error_obeys_the_bound_and_falls_with_shots(V, D, n):
 
 def test_classes_are_kept_and_renamed():
     digits = load_dataset("digits")
-    part = tb.keep_classes(digits, [7, 2])
+    part = digits.keep_classes([7, 2])
     assert part.classes == ("7", "2") and part.num_classes == 2
     assert torch.equal(part.train_images[part.train_labels == 0], digits.train_images[digits.train_labels == 7])
     source, unseen = tb.split_classes(digits, 5, seed=4)
     assert not set(source.classes) & set(unseen.classes) and (source.num_classes, unseen.num_classes) == (5, 3)
     for bad in ([1], [1, 1], [0, 10]):
-        with pytest.raises(ValueError): tb.keep_classes(digits, bad)
+        with pytest.raises(ValueError): digits.keep_classes(bad)
 
 
 # --- the map

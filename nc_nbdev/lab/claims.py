@@ -106,20 +106,20 @@ def _with_interval(measured):
     return centre if lo == hi == centre else f"{centre} [{lo}, {hi}]"
 
 class Scoreboard(pd.DataFrame):
-    "A table whose sentences are shown whole."
+    "A table whose rows and sentences are shown whole."
     @property
     def _constructor(self): return Scoreboard
     def _repr_html_(self):
-        with pd.option_context("display.max_colwidth", None): return super()._repr_html_()
+        with pd.option_context("display.max_colwidth", None): return self.to_html(classes="scoreboard", border=0)
 
 
 def scoreboard(
     claims,  # iterable of `Claim`
 ) -> Scoreboard:  # one row a claim, indexed by its id
     "The table of claims: what was measured, the bar, the control, the verdict."
-    rows = [dict(id=c.id, statement=c.statement, measured=_with_interval(c.measured), bar=f"{c.direction} {format_number(c.bar)}",
-                 control=f"{_with_interval(c.control_measured)} ({c.control})", seeds=len(c.values), verdict=c.verdict) for c in claims]
-    return Scoreboard(rows, columns=["id", "statement", "measured", "bar", "control", "seeds", "verdict"]).set_index("id")
+    rows = [dict(id=c.id, statement=c.statement, verdict=c.verdict, measured=_with_interval(c.measured), bar=f"{c.direction} {format_number(c.bar)}",
+                 control=f"{_with_interval(c.control_measured)} ({c.control})", seeds=len(c.values)) for c in claims]
+    return Scoreboard(rows, columns=["id", "statement", "verdict", "measured", "bar", "control", "seeds"]).set_index("id")
 
 # %% ../../nbs/lab/70_claims.ipynb #167fd102
 def save_claims(

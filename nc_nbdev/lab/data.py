@@ -188,6 +188,21 @@ def coarsen(
                    clean_train_labels=None if self.clean_train_labels is None else table[clean],
                    **({} if self.fine_classes else fine))
 
+# %% ../../nbs/lab/10_data.ipynb #f9701511
+@patch
+def keep_classes(
+    self: ImageData,
+    classes: Sequence[int],  # labels, each once, at least two
+) -> ImageData:              # K = len(classes), labelled 0..K-1 in this order
+    "Only the images of some classes, with their given labels alone. Raises `ValueError` for a class that is not there, or is there twice."
+    if len(set(classes)) != len(classes) or not set(classes) <= set(range(self.num_classes)) or len(classes) < 2:
+        raise ValueError(f"classes {list(classes)}: expected two or more of 0..{self.num_classes - 1}, each once")
+    table = torch.full((self.num_classes,), -1)
+    table[list(classes)] = torch.arange(len(classes))
+    plain = replace(self, fine_train_labels=None, fine_test_labels=None, fine_classes=(), clean_train_labels=None)
+    part = _take(plain, table[self.train_labels] >= 0, table[self.test_labels] >= 0)
+    return replace(part, train_labels=table[part.train_labels], test_labels=table[part.test_labels], classes=tuple(self.classes[c] for c in classes))
+
 # %% ../../nbs/lab/10_data.ipynb #e78f66b6
 @patch
 def with_label_noise(

@@ -84,14 +84,16 @@ class Preset:
     note: str                     # what it costs
 
 # %% ../../nbs/lab/00_settings.ipynb #fdd6dff4
-_small = RunConfig(epochs=120, train_per_class=200, test_per_class=100)
+_small = RunConfig(epochs=160, train_per_class=100, test_per_class=100, batch_size=64)
 _paper = RunConfig(width=None, epochs=350, lr=0.1, weight_decay=5e-4, schedule="step", measure_points=30)
 PRESETS = {p.name: p for p in (
     Preset("quick", (RunConfig(), RunConfig(loss="mse")), "minutes on two cores"),
-    Preset("laptop", tuple(replace(_small, dataset=d, width=w) for d, w in (("mnist", 16), ("cifar10", 32), ("fashion_mnist", 16))),
-           "hours on two cores"),
-    Preset("paper", tuple(replace(_paper, dataset=d, model=m) for m in ("resnet18", "densenet121", "vgg16_bn")
-                          for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")), "hours a run on one GPU"),
+    Preset("laptop", tuple(replace(_small, dataset=d, loss=loss) for d, loss in (
+        ("mnist", "cross_entropy"), ("mnist", "mse"), ("cifar10", "cross_entropy"), ("fashion_mnist", "cross_entropy"))), "two to three hours on two cores"),
+    Preset("paper", (*(replace(_paper, dataset=d, model=m) for m in ("resnet18", "densenet121", "vgg16_bn")
+                       for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")),
+                     *(replace(_paper, dataset=d, model="resnet18", loss="mse") for d in ("cifar10", "mnist"))),
+           "about 300 runs, by an estimate one to five hours each on one GPU; start with --studies train_vs_test --datasets cifar10 mnist"),
 )}
 
 # %% ../../nbs/lab/00_settings.ipynb #8da1d699

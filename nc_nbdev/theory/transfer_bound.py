@@ -8,8 +8,8 @@ Docs: https://nc-nbdev.github.io/nc_nbdev/theory/transfer_bound.html.md"""
 
 # %% auto #0
 __all__ = ['few_shot_bound', 'few_shot_error', 'class_cdnv', 'two_point_classes', 'exact_centre_error', 'gaussian_few_shot_error',
-           'simulate_gaussian', 'plot_gaussian', 'keep_classes', 'transfer_config', 'split_classes', 'Transfer',
-           'measure_transfer', 'plot_transfer', 'run_transfer_bound']
+           'simulate_gaussian', 'plot_gaussian', 'transfer_config', 'split_classes', 'Transfer', 'measure_transfer',
+           'plot_transfer', 'run_transfer_bound']
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #c6c66cf7
 from dataclasses import dataclass, replace
@@ -134,22 +134,6 @@ from ..lab.settings import RunConfig, Settings, get_settings
 from ..lab.taps import layer_features
 from ..lab.training import make_learner, prepare_data, train
 
-# %% ../../nbs/theory/90_transfer_bound.ipynb #5d93df9e
-def keep_classes(
-    data: ImageData,  # of K classes
-    classes: list[int],  # at least 2 of 0..K-1, in their new order
-) -> ImageData:  # train and test set of these classes
-    "The part of a data set that belongs to some classes, relabelled 0, 1, ... Raises `ValueError` for fewer than 2 or an unknown class."
-    if len(set(classes)) < 2 or not set(classes) <= set(range(data.num_classes)):
-        raise ValueError(f"classes {classes}: expected at least 2 different ones of 0..{data.num_classes - 1}")
-    table = torch.full((data.num_classes,), -1)
-    table[classes] = torch.arange(len(classes))
-    parts = {}
-    for split in ("train", "test"):
-        labels = table[getattr(data, f"{split}_labels")]
-        parts |= {f"{split}_images": getattr(data, f"{split}_images")[labels >= 0], f"{split}_labels": labels[labels >= 0]}
-    return ImageData(data.name, **parts, classes=tuple(data.classes[c] for c in classes))
-
 # %% ../../nbs/theory/90_transfer_bound.ipynb #57a4d44f
 def transfer_config(
     settings: Settings,  # its base run is changed
@@ -164,9 +148,11 @@ def split_classes(
     num_sources: int,  # source classes, 2 to K - 3
     seed: int = 0,  # of the choice
 ) -> tuple[ImageData, ImageData]:  # source classes, the 3 unseen classes
-    "Three unseen classes at random by seed, and the first source classes of the rest."
+    "Three unseen classes at random by seed, and the first source classes of the rest. Raises `ValueError` when there are not as many."
+    if not 2 <= num_sources <= data.num_classes - 3:
+        raise ValueError(f"num_sources={num_sources}: expected 2 to {data.num_classes - 3}, three of {data.num_classes} classes are left out")
     order = torch.randperm(data.num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
-    return keep_classes(data, order[3 : 3 + num_sources]), keep_classes(data, order[:3])
+    return data.keep_classes(order[3 : 3 + num_sources]), data.keep_classes(order[:3])
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #d71a5912
 @dataclass(frozen=True)
@@ -194,7 +180,8 @@ def measure_transfer(
     num_sources: int,  # source classes
     features: str = "trained",  # or "untrained", "pixels"
 ) -> Transfer:
-    "Train on the source classes and take features of source and unseen classes; deterministic by the configuration's seed."
+    "Train on the source classes and take features of source and unseen classes; deterministic by the configuration's seed. Raises `ValueError` for unknown features."
+    if features not in ("trained", "untrained", "pixels"): raise ValueError(f"features={features!r}: expected trained, untrained or pixels")
     source, unseen = split_classes(prepare_data(config), num_sources, config.seed)
     everything = split_classes(prepare_data(replace(config, train_per_class=None)), num_sources, config.seed)[1]
     mean, std = source.channel_stats()
