@@ -210,7 +210,6 @@ def run(size, scale, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the samples")
     parser.add_argument("--size", choices=SIZES, help="one size only")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the samples")
     parser.add_argument("--rounds", type=int, default=None, help="default: 5 for the small size, 3 for the large")
@@ -221,7 +220,7 @@ def main():
         measure_memory(int(N * args.scale), D, K, args.memory)
         return
     for size in [args.size] if args.size else SIZES:
-        run(size, 0.1 if args.quick else args.scale, args.rounds or {"small": 5, "large": 3}[size])
+        run(size, args.scale, args.rounds or {"small": 5, "large": 3}[size])
 
 
 if __name__ == "__main__": main()

@@ -153,7 +153,8 @@ def run_train_vs_test(
     for config, (pair, history) in zip(settings.grid, histories.items(), strict=True):
         found, end = claims_train_vs_test(history, f"{settings.preset}: {pair}"), variant(config, settings.base)
         claims += [replace(c, id=c.id + end, statement=f"{c.statement} ({pair})") for c in found] if end else found
-    pair, history = next(iter(histories.items()))
-    figures = {"train_vs_test": plot_train_vs_test(history, f"{pair}, {settings.seeds} seeds")}
+    pair, first = next(iter(histories.items()))
+    figures = {"train_vs_test": plot_train_vs_test(first, f"{pair}, {settings.seeds} seeds")}
     if len(histories) > 1: figures["train_vs_test_grid"] = plot_grid(histories)
-    return StudyResult("train_vs_test", "Train versus test collapse", claims, pd.concat(histories.values()), figures)
+    history = pd.concat(h.assign(run=h.run + f": {pair}") for pair, h in histories.items())
+    return StudyResult("train_vs_test", "Train versus test collapse", claims, history, figures)
