@@ -306,13 +306,13 @@ def _simulation_claims(seeds):
     quantity = "share of pairs of classes that are linearly separable at the end"
     make = lambda id, text, q, bar, way, values, control, controls: Claim(id, text, _source, q, bar, way, values, control, controls, interval="range")
     return [
-        make("T8a", "Classes separate when intra-class elasticity exceeds inter-class elasticity.", quantity, 0.95, "at least",
+        make("T8a", "Classes separate when intra-class elasticity exceeds inter-class elasticity", quantity, 0.95, "at least",
              share[2, 1], "elasticities swapped", share[1, 2]),
-        make("T8b", "Classes do not separate when the two are equal.", quantity, 0.05, "at most",
+        make("T8b", "Classes do not separate when the two are equal", quantity, 0.05, "at most",
              share[1, 1], "intra-class elasticity larger", share[2, 1]),
-        make("T8c", "nc1_trace follows its closed form.", "|log(simulated / predicted)| at time 20", 0.3, "at most",
+        make("T8c", "nc1_trace follows its closed form", "|log(simulated / predicted)| at time 20", 0.3, "at most",
              error((2, 1)), "the formula with elasticities swapped", error((1, 2))),
-        make("T8d", "Where alpha - beta = c / t, classes separate above c = K/2 (here c = K).", quantity, 0.95, "at least",
+        make("T8d", "Where alpha - beta = c / t, classes separate above c = K/2 (here c = K)", quantity, 0.95, "at least",
              fading[4.0], "c = K/4", fading[1.0]),
     ]
 
@@ -322,7 +322,7 @@ def _shape_claim(seeds):
     starts = [0.1 * torch.randn(5, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     clock, gaps = torch.linspace(0, 200, 101, dtype=torch.float64), torch.ones(101, dtype=torch.float64)
     ends = [float(nc2_etf(predict_separation(mu, gaps, clock, substeps=20)[-1])) for mu in starts]
-    return Claim("T8e", "Driven by residuals, locally elastic class means become a simplex (from small logits).", _source, "nc2_etf at the end", 0.1, "at most", ends,
+    return Claim("T8e", "Driven by residuals, locally elastic class means become a simplex (from small logits)", _source, "nc2_etf at the end", 0.1, "at most", ends,
                  "driven by features, where the shape stays that of the start", [float(nc2_etf(mu)) for mu in starts], interval="range")
 
 
@@ -331,11 +331,11 @@ def _network_claims(runs):
     gap = lambda r: float(((r.alpha - r.beta) / r.alpha).min())
     error = lambda r, guess: float((guess / r.measured - 1)[1:].abs().mean())
     return [
-        Claim("T8f", "A network is locally elastic at every epoch: a step moves its own class more.", _source,
+        Claim("T8f", "A network is locally elastic at every epoch: a step moves its own class more", _source,
               "smallest (alpha - beta) / alpha over epochs", 0.05, "at least", [gap(r) for r in runs],
               "classes of the watched samples shuffled", [float(r.shuffled.min()) for r in runs], interval="range",
               note="The bar was 0.2 before the direction of the projection was changed (see T8g)."),
-        Claim("T8g", "The LE-ODE with measured elasticities predicts how far the classes move apart, with nothing fitted.", _source,
+        Claim("T8g", "The LE-ODE with measured elasticities predicts how far the classes move apart, with nothing fitted", _source,
               "mean over epochs of |predicted / measured - 1| of the margin of the mean logits", 0.5, "at most",
               [error(r, r.predicted) for r in runs], "elasticities swapped", [error(r, r.swapped) for r in runs],
               note="Explored on these runs: with influence projected on the pushing residual the values were 0.56 to 0.65, undecided."),

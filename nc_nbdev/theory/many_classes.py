@@ -161,7 +161,7 @@ def _optimum_claim(ends, starts, scale):
     error = lambda case, W: [abs(m / best_margin(*case) - 1) for m in margins(W)]
     trained = [error(case, ends[case][temperatures[-1]][0]) for case in _known_cases]
     untrained = [error(case, random_spheres(*case, 1, starts)[0]) for case in _known_cases]
-    return Claim("T5a", "As the temperature goes to 0 every start reaches the largest one-vs-rest margin: polygon, simplex, and 1 up to K = 2D.",
+    return Claim("T5a", "As the temperature goes to 0 every start reaches the largest one-vs-rest margin: polygon, simplex, and 1 up to K = 2D",
                  _source, f"|margin / optimum - 1|, worst of {len(_known_cases)} pairs (K, D)", 1e-3, "at most", [max(e) for e in zip(*trained, strict=True)],
                  "random rows", [max(e) for e in zip(*untrained, strict=True)], "range", "many_classes", scale)
 
@@ -169,7 +169,7 @@ def _optimum_claim(ends, starts, scale):
 def _beyond_claim(ends, scale):
     "T5b: no margin of 1 beyond the orthoplex."
     W = {K: ends[K, 3][temperatures[-1]][0] for K in (6, 7)}
-    return Claim("T5b", "More than 2D classes have a margin below 1 (D = 3).", _source, "one-vs-rest margin of K = 7", 0.99, "at most",
+    return Claim("T5b", "More than 2D classes have a margin below 1 (D = 3)", _source, "one-vs-rest margin of K = 7", 0.99, "at most",
                  margins(W[7]), "K = 6 = 2D", margins(W[6]), "range", "many_classes", scale)
 
 
@@ -179,7 +179,7 @@ def _temperature_claim(ends, starts, scale):
     slack = lambda case, T, W: [m - margin_at_temperature(*case, T) for m in margins(W)]
     trained = [slack(case, T, ends[case][T][0]) for case in cases for T in temperatures]
     untrained = [slack(case, temperatures[-1], random_spheres(*case, 1, starts)[0]) for case in cases]
-    return Claim("T5c", "At temperature T the margin is at least -T log((1 + (K-1) exp(-optimum/T))^K - 1).", "derived here, after Jiang et al. 2023",
+    return Claim("T5c", "At temperature T the margin is at least -T log((1 + (K-1) exp(-optimum/T))^K - 1)", "derived here, after Jiang et al. 2023",
                  "margin - bound, smallest over temperatures and pairs (K, D)", 0, "at least", [min(e) for e in zip(*trained, strict=True)],
                  "random rows", [min(e) for e in zip(*untrained, strict=True)], "range", "many_classes", scale)
 
@@ -190,7 +190,7 @@ def _choice_claim(ends, scale):
         W, H = ends[6, 4][T]
         counted = torch.tensor([orthogonal_pairs(w) for w in ends[6, 4][temperatures[-1]][0]])
         return (6 * ((1 - soft_margin(W, H, T)[0]) / T).exp() / counted - 1).abs().tolist()
-    return Claim("T5d", "Among rows of equal margin the loss counts orthogonal pairs (K = 6, D = 4: blocks of 2 and 4, or of 3 and 3).", "derived here",
+    return Claim("T5d", "Among rows of equal margin the loss counts orthogonal pairs (K = 6, D = 4: blocks of 2 and 4, or of 3 and 3)", "derived here",
                  "|K f exp(1/T) / number of orthogonal pairs - 1|", 0.01, "at most", error(temperatures[-1]), "temperature 1", error(1.0),
                  "range", "many_classes", scale)
 

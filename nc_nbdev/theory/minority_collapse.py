@@ -282,7 +282,7 @@ def _angle_claim(seeds, scale):
     predicted = {r: two_groups(_at(r), _k).cosines[1] for r in ratios}
     found = [{r: group_cosine(minimise(_at(r), seed=s)[0], slice(_k, None)) for r in ratios} for s in seeds]
     error = lambda target: [max(abs(f[r] - target(r)) for r in ratios) for f in found]
-    return Claim("T6a", "The angle between small classes' rows is that of the four-number minimum, up to merging.", "Fang et al. 2021, 2101.12699",
+    return Claim("T6a", "The angle between small classes' rows is that of the four-number minimum, up to merging", "Fang et al. 2021, 2101.12699",
                  "|cosine - predicted|, largest over ratios", 1e-3, "at most", error(predicted.get), "the simplex's -1/(K-1) at every ratio",
                  error(lambda r: -1 / (2 * _k - 1)), scale=scale, **_names)
 
@@ -295,10 +295,10 @@ def _threshold_claims(seeds, scale):
     large = lambda how: [locate_merging(lambda n_A: _at(n_A / _n_B, **how), slice(0, _k), (20, 2e4), s) for s in seeds]
     n_A = 1 / (2 * _k * _lam) ** 2
     return [
-        Claim("T6b", "Small classes merge at the ratio where sqrt(n_B) = lambda N.", "Hong, Ling 2023, 2309.09725 (threshold derived here)",
+        Claim("T6b", "Small classes merge at the ratio where sqrt(n_B) = lambda N", "Hong, Ling 2023, 2309.09725 (threshold derived here)",
               "|located ratio / predicted - 1|", 0.01, "at most", error(found, critical_ratio(_k, _k, _n_B, _lam)),
               "the prediction for a penalty per class", error(found, other), scale=scale, **_names),
-        Claim("T6d", "With the loss reweighted and a penalty per sample the large classes merge, at n_A = 1/(lambda K)^2.", "derived here",
+        Claim("T6d", "With the loss reweighted and a penalty per sample the large classes merge, at n_A = 1/(lambda K)^2", "derived here",
               "|located size / predicted - 1|", 0.01, "at most", error(large(dict(reweighted=True)), n_A),
               "without reweighting", error(large({}), n_A), scale=scale, **_names)]
 
@@ -306,7 +306,7 @@ def _threshold_claims(seeds, scale):
 def _remedy_claim(seeds, scale):
     "T6c: oversampling, with the penalty per class, gives the simplex back."
     etf = lambda **how: [nc2_etf(minimise(_at(40, cost="class", **how), seed=s)[0]) for s in seeds]
-    return Claim("T6c", "Oversampling restores the simplex (ratio 40, penalty per class).", "Fang et al. 2021, 2101.12699", "nc2_etf of W", 1e-4, "at most",
+    return Claim("T6c", "Oversampling restores the simplex (ratio 40, penalty per class)", "Fang et al. 2021, 2101.12699", "nc2_etf of W", 1e-4, "at most",
                  etf(reweighted=True), "without oversampling", etf(), scale=scale, **_names)
 
 
@@ -315,7 +315,7 @@ def _seli_claim(seeds, scale):
     counts = (100, 100, 30, 10, 10)
     grams = [gram_of(max_margin(counts, seed=s)[0]) for s in seeds]
     error = lambda target: [(g - target).norm().item() for g in grams]
-    return Claim("T6e", "Without regularisation the classifier has the SELI geometry.", "Thrampoulidis et al. 2022, 2208.05512",
+    return Claim("T6e", "Without regularisation the classifier has the SELI geometry", "Thrampoulidis et al. 2022, 2208.05512",
                  "|W W^T - SELI|_F, both of norm 1", 1e-2, "at most", error(seli_gram(counts)), "the simplex", error(seli_gram((1,) * 5)),
                  scale=scale, **_names)
 
@@ -324,7 +324,7 @@ def _network_claim(runs, scale):
     "T6f: rows of the smallest classes of a trained network."
     K = runs[0].data.num_classes
     cosine = lambda group: [group_cosine(head_of(run.model())[0], group) for run in runs]
-    return Claim("T6f", "In a network trained on unbalanced classes the rows of the three smallest classes are at acute angles.", "Fang et al. 2021, 2101.12699",
+    return Claim("T6f", "In a network trained on unbalanced classes the rows of the three smallest classes are at acute angles", "Fang et al. 2021, 2101.12699",
                  "mean cosine between the rows", 0.0, "at least", cosine(list(range(K - 3, K))), "the three largest classes", cosine([0, 1, 2]),
                  "t", "minority_collapse", scale, "They lean towards each other and are not merged: features of a network are not free.")
 

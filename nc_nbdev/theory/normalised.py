@@ -213,9 +213,9 @@ def _loss_claims(K, n, tau, starts, steps, scale):
     worst = {d: [max(row.values()) for row in m[steps]] for d, (_, m) in runs.items()}
     common = dict(source=_source, direction="at most", control=f"D = {K - 2}, where no simplex fits", interval="range", study="normalised", scale=scale)
     return [
-        Claim("T4a", "Riemannian gradient descent reaches the global minimum from every start.", quantity="|loss - closed form|",
+        Claim("T4a", "Riemannian gradient descent reaches the global minimum from every start", quantity="|loss - closed form|",
               bar=1e-8, values=gap[K + 1], control_values=gap[K - 2], **common),
-        Claim("T4b", "There the features are a simplex, collapsed and dual to the classifier.", quantity="max(nc1_trace, nc2_etf, nc3_duality)",
+        Claim("T4b", "There the features are a simplex, collapsed and dual to the classifier", quantity="max(nc1_trace, nc2_etf, nc3_duality)",
               bar=1e-3, values=worst[K + 1], control_values=worst[K - 2], **common)]
 
 # %% ../../nbs/theory/40_normalised.ipynb #c743c32c
@@ -223,7 +223,7 @@ def _rate_claim(K, n, tau, starts, scale):
     "T4c: the speed of variability collapse against its closed form."
     predicted = variability_rate(K, K + 1, n, tau)
     error = {d: np.abs(measured_rate(K, d, n, tau, starts) / predicted - 1).tolist() for d in (K + 1, K - 1)}
-    return Claim("T4c", "Near the end NC1 falls at the rate tau q / n.", "derived here, after Yaras et al. 2022", "|measured rate / predicted - 1|",
+    return Claim("T4c", "Near the end NC1 falls at the rate tau q / n", "derived here, after Yaras et al. 2022", "|measured rate / predicted - 1|",
                  0.01, "at most", error[K + 1], f"D = {K - 1}, where no dimension is spare", error[K - 1], "range", "normalised", scale)
 
 
@@ -235,7 +235,7 @@ def _saddle_claim(tau, starts, scale):
         eigenvalues.append(found[found[:, 0] > 1e-9, 1].max())
     simplex = F.normalize(torch.eye(3, 4, dtype=torch.float64) - torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0]]), dim=1)
     lowest = torch.linalg.eigvalsh(riemannian_hessian(simplex, simplex, torch.arange(3), tau))[0].item()
-    return Claim("T4d", "Every critical point that is not a global minimum is a strict saddle (K = 3, D = 4).", _source, "largest of their smallest Hessian eigenvalues",
+    return Claim("T4d", "Every critical point that is not a global minimum is a strict saddle (K = 3, D = 4)", _source, "largest of their smallest Hessian eigenvalues",
                  -0.05, "at most", eigenvalues, "the global minimum", [lowest], "range", "normalised", scale,
                  "For D <= K the theorem is silent, and for K = 3, D = 2 a critical point without negative curvature exists.")
 

@@ -315,9 +315,9 @@ def _path_claims(seeds):
     anchored, free = ([largest_rise(path_nc1(central_path(H, y, 3e-3, lh)[1], y)) for H, y in short] for lh in (0.01 / 48, 0.0))
     quantity = "largest rise of log nc1_trace above its lowest value so far"
     return [
-        Claim("T7a", "Along the central path, without anchor, nc1_trace falls at every moment.", _source, quantity, 0.0, "at most",
+        Claim("T7a", "Along the central path, without anchor, nc1_trace falls at every moment", _source, quantity, 0.0, "at most",
               central, "features and classifier descend together, from W = the class means", joint, interval="range"),
-        Claim("T7b", "With the anchor the fall is not monotone: after a dip nc1_trace can rise more than twofold.",
+        Claim("T7b", "With the anchor the fall is not monotone: after a dip nc1_trace can rise more than twofold",
               "derived here, for the model of " + _source, quantity, 0.693, "at least", anchored,
               "the same starts without anchor", free, interval="range"),
     ]
@@ -337,7 +337,7 @@ def _shrinkage_errors(seed, lw=1e-2, lh=2e-3, starts=5):
 def _shrinkage_claim(seeds):
     "T7c: the exact shrinkage at what gradient descent finds."
     right, swapped = zip(*[_shrinkage_errors(seed) for seed in seeds], strict=True)
-    return Claim("T7c", "At every stationary point deviations are E = E0 (I + W'W / (N lambda_H))^-1.", _source,
+    return Claim("T7c", "At every stationary point deviations are E = E0 (I + W'W / (N lambda_H))^-1", _source,
                  "relative error of E at the ends of gradient descent from random starts", 1e-6, "at most", right,
                  "lambda_W in the place of lambda_H", swapped, interval="range")
 
@@ -352,9 +352,9 @@ def _near_collapse_claims(seeds):
     near, far = ([relative_error(e, s) for s in seeds] for e in (1e-3, 1.0))
     responses = [measured_elasticities(*near_collapse(1.0, 1e-3, dim=6, seed=s), 0.02, 0.1 / 48) for s in seeds]
     return [
-        Claim("T7d", "Near collapse the first-order prediction gives nc1_trace of the minimiser.", _source,
+        Claim("T7d", "Near collapse the first-order prediction gives nc1_trace of the minimiser", _source,
               "relative error of nc1_trace at noise 0.001", 0.01, "at most", near, "the same formula at noise 1", far, interval="range"),
-        Claim("T7e", "Near collapse nc1_trace answers more to lambda_H than to lambda_W.", _source,
+        Claim("T7e", "Near collapse nc1_trace answers more to lambda_H than to lambda_W", _source,
               "response to lambda_W over response to lambda_H (log-derivatives)", 1.0, "at most",
               [abs(e.nc1_lw) / e.nc1_lh for e in responses], "the residual of the fit instead of nc1_trace",
               [e.residual_lw / e.residual_lh for e in responses], interval="range"),

@@ -223,11 +223,11 @@ def _bound_claims(seeds):
     difference = lambda shots: [abs(gaussian_few_shot_error(0.3, 4, shots) - simulate_gaussian(0.3, 4, 2, 100_000, s)) for s in seeds]
     make = lambda id, text, q, bar, way, values, control, controls: Claim(id, text, _source, q, bar, way, values, control, controls, interval="range")
     return [
-        make("T9a", "Few-shot error is at most 4 (K-1) (1 + 1/n) cdnv.", "largest error / bound over Gaussian features, dimensions and shots", 1.0,
+        make("T9a", "Few-shot error is at most 4 (K-1) (1 + 1/n) cdnv", "largest error / bound over Gaussian features, dimensions and shots", 1.0,
              "at most", worst, "the same with constant 1, on the two-point distribution", [_tightness(*e, constant=1.0) for e in extreme]),
-        make("T9b", "The constant 4 is attained (as cdnv tends to 0).", "error / bound with exact centres, two-point distribution", 0.98, "at least",
+        make("T9b", "The constant 4 is attained (as cdnv tends to 0)", "error / bound with exact centres, two-point distribution", 0.98, "at least",
              [_tightness(*e) for e in extreme], "Gaussian classes", [_tightness(*_gaussian_features(2, 0.5, s)) for s in seeds]),
-        make("T9c", "For Gaussian classes the error is a probability of two noncentral chi-squares.", "|closed form - simulation|, 2 shots", 0.006,
+        make("T9c", "For Gaussian classes the error is a probability of two noncentral chi-squares", "|closed form - simulation|, 2 shots", 0.006,
              "at most", difference(2), "the closed form for exact centres", difference(10**6)),
     ]
 
@@ -243,14 +243,14 @@ def _transfer_claims(runs):
     make = lambda id, text, q, bar, way, values, control, controls, interval, note="": Claim(
         id, text, _source, q, bar, way, values, control, controls, interval, note=note)
     return [
-        make("T9d", "On a network's features the bound holds, for fresh samples of source classes and for unseen classes.", "largest error / bound over shots",
+        make("T9d", "On a network's features the bound holds, for fresh samples of source classes and for unseen classes", "largest error / bound over shots",
              1.0, "at most", [worst(t) for t in trained], "unseen classes, with the CDNV of the train set in the bound", [worst(t, measured_on="train") for t in trained], "range"),
-        make("T9e", "Collapse reaches fresh samples of the source classes, and stops short of unseen classes.", "cdnv of unseen classes / cdnv of test samples",
+        make("T9e", "Collapse reaches fresh samples of the source classes, and stops short of unseen classes", "cdnv of unseen classes / cdnv of test samples",
              5.0, "at least", reach(trained), "the untrained network", reach(untrained), "log-t",
              "At 30 epochs instead of 50, less collapsed, the ratios were 12 to 35 and the verdict undecided."),
-        make("T9f", "More source classes make unseen classes easier.", f"5-shot error with 2 source classes / with {most}", 1.1, "at least",
+        make("T9f", "More source classes make unseen classes easier", f"5-shot error with 2 source classes / with {most}", 1.1, "at least",
              gain("trained"), "the untrained network", gain("untrained"), "log-t"),
-        make("T9g", "Collapsed features serve unseen classes better than pixels do.", "5-shot error of pixels / of features", 1.0, "at least",
+        make("T9g", "Collapsed features serve unseen classes better than pixels do", "5-shot error of pixels / of features", 1.0, "at least",
              better(trained), "the untrained network", better(untrained), "log-t"),
     ]
 
