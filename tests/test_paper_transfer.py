@@ -188,7 +188,7 @@ def test_after_one_epoch_nothing_holds(one_epoch, module, run, monkeypatch):
 
 def test_what_is_trained():
     settings = Settings(preset="laptop")
-    plans = {c.dataset: longer.study_configs(c, c == settings.base) for c in settings.grid}
+    plans = {c.dataset: longer.study_configs(c, c == settings.base) for c in settings.grid if c.loss == "cross_entropy"}
     assert "animals_vehicles" in plans["cifar10"] and "animals_vehicles" not in plans["mnist"]
     assert [t for t in plans["mnist"] if isinstance(t, float)] == [.001, .003, .01] and not [t for t in plans["cifar10"] if isinstance(t, float)]
     assert plans["mnist"][.01] == plans["mnist"]["pairs"] and plans["mnist"]["fine"].coarse is None
