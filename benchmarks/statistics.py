@@ -1,7 +1,7 @@
 """What class statistics and the measures cost: seconds, extra memory, and the ratios that matter.
 
     python benchmarks/statistics.py            both sizes, a few minutes on two cores
-    python benchmarks/statistics.py --quick    a tenth of the samples
+    python benchmarks/statistics.py --scale 0.1   a tenth of the samples
 
 Everything compared is run in turn, round after round in one process, so that a busy machine slows all of it alike; the
 median of the rounds is printed, of the seconds by the clock and of those spent computing, which other programs disturb

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-from dataclasses import replace
 from datetime import date
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -168,14 +167,19 @@ def reproduce(
     progress: bool = True,        # show what is being done
 ) -> list:                        # of `Claim`
     "Run studies and write the report. What is finished is read, so a second call takes seconds. Raises `ValueError` for unknown names."
-    changes = {k: v for k, v in dict(preset=preset, seeds=seeds, datasets=datasets and tuple(datasets)).items() if v is not None}
-    settings, names, found = replace(get_settings(), **changes), study_names(studies), []
+    settings, names, found = _settings(preset, seeds, datasets), study_names(studies), []
     for name in names:
         if progress: print(f"{STUDIES[name]} ...", flush=True)
         found.append(study_folder(name, settings, progress))
     return _write_report(found, settings, report_folder(settings, out))
 
 # %% ../nbs/studies.ipynb #0a541f31
+def _settings(preset, seeds, datasets):
+    "What settings.ini says, with what was asked for in its place."
+    changes = dict(preset=preset, seeds=seeds, datasets=datasets and tuple(datasets))
+    return get_settings(**{k: v for k, v in changes.items() if v is not None})
+
+
 def report_folder(
     settings: Settings,             # its folder of runs decides
     out: str | Path | None = None,  # a folder of one's own choice
@@ -212,4 +216,4 @@ def main(
     args = parser.parse_args(argv)
     try: claims = reproduce(args.preset, args.seeds, args.studies, args.datasets, args.out)
     except (ValueError, FileNotFoundError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
-    print(f"\n{format_scoreboard(claims)}\n\nreport: {report_folder(get_settings(), args.out) / 'report.html'}")
+    print(f"\n{format_scoreboard(claims)}\n\nreport: {report_folder(_settings(args.preset, args.seeds, args.datasets), args.out) / 'report.html'}")

@@ -88,3 +88,11 @@ def test_a_study_that_breaks_leaves_nothing_behind(tiny_project, monkeypatch):
 def test_command_rejects(argv, said, tiny_project, capsys):
     with pytest.raises(SystemExit) as exit: studies.main(argv)
     assert exit.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_asked_for_replaces_the_file(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\npreset = laptop\ndatasets = mnist\n")
+    monkeypatch.chdir(tmp_path)
+    assert {c.dataset for c in studies._settings(None, None, ["cifar10"]).grid} == {"cifar10"}
+    assert studies._settings("quick", 5, ["digits"]).seeds == 5
+    with pytest.raises(ValueError, match="datasets=.'mnist'.: preset quick has digits"): studies._settings("quick", None, None)

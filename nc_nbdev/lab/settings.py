@@ -93,7 +93,7 @@ PRESETS = {p.name: p for p in (
     Preset("paper", (*(replace(_paper, dataset=d, model=m) for m in ("resnet18", "densenet121", "vgg16_bn")
                        for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")),
                      *(replace(_paper, dataset=d, model="resnet18", loss="mse") for d in ("cifar10", "mnist"))),
-           "about 300 runs, by an estimate one to five hours each on one GPU; start with --studies train_vs_test --datasets cifar10 mnist"),
+           "273 runs at 3 seeds, by an estimate one to five hours each on one GPU; start with --studies train_vs_test --datasets cifar10 mnist"),
 )}
 
 # %% ../../nbs/lab/00_settings.ipynb #8da1d699

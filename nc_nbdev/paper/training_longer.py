@@ -103,15 +103,21 @@ def reference_lines(
     return {"pixels": linear_probe(pixel_task(data)).accuracy}
 
 # %% ../../nbs/paper/20_training_longer.ipynb #5cd1563e
+def _panels(histories, height):
+    "Figure, panels and names of the coarse tasks there are."
+    names = [task for task in IDS if task in histories]
+    fig, axes = plt.subplots(1, len(names), figsize=(3.7 * len(names), height), sharey=True, squeeze=False)
+    return fig, axes[0], names
+
+
 def plot_longer(
     histories: Mapping,          # task -> history
     references: Mapping = {},    # label -> accuracy, drawn as horizontal lines
     title: str = "",             # before the name of each panel
 ):                               # a Figure
     "Coarse test accuracy and the probe of the fine classes, one panel a coarse task, the fine task's probe as the control."
-    names = [task for task in IDS if task in histories]
-    fig, axes = plt.subplots(1, len(names), figsize=(3.7 * len(names), 3.7), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
+    fig, axes, names = _panels(histories, 3.7)
+    for ax, name in zip(axes, names, strict=True):
         h = histories[name]
         plot_measure(h, "accuracy", "test", ax=ax, label="coarse test accuracy", color="C0", linestyle="--", log=False)
         plot_measure(histories["fine"], "probe_standardised", ax=ax, label="fine probe, trained on the fine task", color="C2", linestyle="-.", log=False)
@@ -119,8 +125,8 @@ def plot_longer(
         for label, value in references.items(): ax.axhline(value, color="0.5", linestyle=":", linewidth=1.5, label=f"fine probe of {label}")
         shade_tpt(ax, h); epoch_axis(ax, h.epoch.max()); ax.set_title(f"{title} {name}".strip())
     low = min(curves(histories[n], "probe_standardised").min().min() for n in names)
-    axes[0, 0].set_ylim(max(0.0, low - 0.05), 1.01); axes[0, 0].set_ylabel("test accuracy")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    axes[0].set_ylim(max(0.0, low - 0.05), 1.01); axes[0].set_ylabel("test accuracy")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return fig
 
 # %% ../../nbs/paper/20_training_longer.ipynb #2f27b7ed
@@ -156,15 +162,14 @@ def plot_lost_or_small(
     title: str = "",      # before the name of each panel
 ):                        # a Figure
     "Five ways to ask for the fine classes, one panel a coarse task."
-    names = [task for task in IDS if task in histories]
-    fig, axes = plt.subplots(1, len(names), figsize=(3.7 * len(names), 3.9), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
+    fig, axes, names = _panels(histories, 3.9)
+    for ax, name in zip(axes, names, strict=True):
         h = histories[name]
         for measure, (label, color, line) in KINDS.items():
             if (h.measure == measure).any(): plot_measure(h, measure, ax=ax, label=label, color=color, linestyle=line, log=False)
         shade_tpt(ax, h); epoch_axis(ax, h.epoch.max()); ax.set_title(f"{title} {name}".strip())
-    axes[0, 0].set_ylabel("accuracy, fine classes"); axes[0, 0].set_ylim(0, 1.02)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    axes[0].set_ylabel("accuracy, fine classes"); axes[0].set_ylim(0, 1.02)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return fig
 
 # %% ../../nbs/paper/20_training_longer.ipynb #34ef30a2
