@@ -12,13 +12,14 @@ __all__ = ['nc3_duality', 'nc3_etf', 'nc3_cosine', 'nc3_bias', 'as_bias']
 # %% ../../nbs/geometry/40_duality.ipynb #a78905da
 from torch import Tensor
 
+from .etf import simplex_gram
 from .means import as_rows, class_rows, gram_distance, unit_rows
 from .statistics import ClassStatistics, as_tensor
 
 # %% ../../nbs/geometry/40_duality.ipynb #4de1f676
-def _pair(W, source, centred, weighting):
+def _pair(W, source, centred):
     "W and the (centred) means as float64 (K, D) tensors on one device. Raises ValueError when their shapes differ."
-    M = class_rows(source, centred=centred, weighting=weighting)
+    M = class_rows(source, centred=centred)
     W = as_rows(W, "W", M.device)
     if W.shape != M.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the class means {tuple(M.shape)}: expected (K, D) of both")
@@ -32,10 +33,9 @@ def nc3_duality(
     centred: bool = True,  # compare with mu_c - mu_G; False: with mu_c
     squared: bool = False,  # the squared distance, as Papyan plots it
     row_normalised: bool = False,  # scale each row to norm 1, not the whole matrix
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # 0 (dual) to 2 (opposite), or to 2 sqrt(K) row by row; to the squares of these when squared
     "Distance of the classifier to the class means, both scaled to norm 1 (Papyan, Han, Donoho 2020)."
-    W, M = _pair(W, source, centred, weighting)
+    W, M = _pair(W, source, centred)
     if row_normalised: W, M = unit_rows(W, "W"), unit_rows(M)
     else: W, M = _unit_matrix(W, "W"), _unit_matrix(M, "the matrix of class means")
     distance = (W - M).norm().item()
@@ -54,11 +54,10 @@ def nc3_etf(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
     *,
     centred: bool = True,  # M holds mu_c - mu_G; False: mu_c
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # 0 (dual, and a simplex) to 2
     "Distance of the normalised `W M^T` to the simplex's Gram matrix (Zhu et al. 2021, 2105.02375)."
-    W, M = _pair(W, source, centred, weighting)
-    return gram_distance(W @ M.T)
+    W, M = _pair(W, source, centred)
+    return gram_distance(W @ M.T, simplex_gram(len(M)))
 
 # %% ../../nbs/geometry/40_duality.ipynb #86dfd7e5
 def nc3_cosine(
@@ -66,10 +65,9 @@ def nc3_cosine(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
     *,
     centred: bool = True,  # cosines with mu_c - mu_G; False: with mu_c
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # -1 to 1; 1 when every row points along its class mean
     "Mean cosine of a classifier row and its centred class mean. Raises ValueError when a row is zero."
-    W, M = _pair(W, source, centred, weighting)
+    W, M = _pair(W, source, centred)
     return (unit_rows(W, "the classifier row") * unit_rows(M)).sum(1).mean().clamp(-1, 1).item()
 
 # %% ../../nbs/geometry/40_duality.ipynb #df6c97d8
@@ -78,10 +76,10 @@ def nc3_bias(
     b: Tensor | None,  # (K,) bias; None: no bias
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
     *,
-    weighting: str = "class",  # how mu_G is weighted
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0, in units of the logits
-    "Norm of the logits at the global mean, `|W mu_G + b|` (Zhu et al. 2021, 2105.02375)."
-    W, means = _pair(W, source, False, weighting)
+    "Norm of the logits at the global mean, `|W mu_G + b|` (Zhu et al. 2021, 2105.02375). ValueError on unequal shapes."
+    W, means = _pair(W, source, False)
     mu_G = source.global_mean(weighting) if isinstance(source, ClassStatistics) else means.mean(0)  # (D,)
     return (W @ mu_G + as_bias(b, W)).norm().item()
 

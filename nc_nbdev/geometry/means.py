@@ -26,14 +26,11 @@ from .statistics import ROUNDING, ClassStatistics, as_tensor, centre_rows
 def class_rows(
     source: ClassStatistics | Tensor,  # class statistics, or K rows of length D: class means, or a classifier's W
     *,
-    centred: bool = True,  # subtract the global mean mu_G (of plain rows: their mean)
-    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
+    centred: bool = True,  # subtract the mean of the rows, mu_G
 ) -> Tensor:  # (K, D) float64
     "The rows `M_c = mu_c - mu_G`, or `mu_c` as they are. Raises ValueError on an empty class, a wrong shape, NaN."
-    if isinstance(source, ClassStatistics):
-        mu, mu_G = source.means, source.global_mean(weighting)  # refuses empty classes, centred or not
-    elif weighting == "class": mu = as_rows(source); mu_G = mu.mean(0)
-    else: raise ValueError(f"weighting is {weighting!r}: plain rows have no class counts; pass ClassStatistics, or 'class'")
+    if isinstance(source, ClassStatistics): mu, mu_G = source.means, source.global_mean()  # refuses empty classes
+    else: mu = as_rows(source); mu_G = mu.mean(0)
     return centre_rows(mu, mu_G) if centred else mu.clone()
 
 # %% ../../nbs/geometry/30_means.ipynb #f3239119
@@ -56,10 +53,9 @@ def nc2_norms(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # compare |mu_c - mu_G|; False: the rows as they are (Papyan's choice for W)
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # >= 0; 0 when all norms are equal
     "Spread of the norms `|M_c|` over their mean (Papyan, Han, Donoho 2020). Raises ValueError when all are zero."
-    norms = class_rows(source, centred=centred, weighting=weighting).norm(dim=1)  # (K,)
+    norms = class_rows(source, centred=centred).norm(dim=1)  # (K,)
     if norms.max() == 0: raise ValueError("all class means coincide: their norms are 0 and have no relative spread")
     return (norms.std(correction=0) / norms.mean()).item()
 
@@ -70,40 +66,35 @@ def unit_rows(
 ) -> Tensor:  # (K, D), every row of norm 1
     "Rows scaled to norm 1. Raises ValueError naming the classes whose row is zero: they have no direction."
     norms = rows.norm(dim=1, keepdim=True)  # (K, 1)
-    # rounding leaves a row that should be 0 at about 1e-16 of the others, and dividing by it would invent a direction
+    # a row that should be 0 is about 1e-16 after rounding: its direction would mean nothing
     zero = (norms <= ROUNDING * norms.max()).flatten().nonzero().flatten().tolist()
     if zero: raise ValueError(f"{name} of class {zero} is zero (after centring): it has no direction, and no angle")
     return rows / norms
-
-# %% ../../nbs/geometry/30_means.ipynb #139a3938
-def _cosines(source, centred, weighting):
-    "Cosines of each row with every other row: shape (K, K-1). Statistics remember them."
-    def cosines():
-        U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
-        cos = (U @ U.T).clamp(-1, 1)  # (K, K)
-        return cos[~torch.eye(len(U), dtype=torch.bool, device=U.device)].view(len(U), -1)  # without the diagonal
-    if not isinstance(source, ClassStatistics): return cosines()
-    return source._cached(("cosines", centred, weighting), cosines)
 
 # %% ../../nbs/geometry/30_means.ipynb #1b461309
 def nc2_angles(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # angles seen from mu_G; False: from the origin
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # >= 0; 0 when all angles are equal
     "Standard deviation of `cos(M_c, M_c')` over pairs (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
-    return _cosines(source, centred, weighting).std(correction=0).item()
+    return _cosines(source, centred).std(correction=0).item()
+
+# %% ../../nbs/geometry/30_means.ipynb #139a3938
+def _cosines(source, centred) -> Tensor:  # (K, K-1)
+    "Cosines of each row with every other row."
+    U = unit_rows(class_rows(source, centred=centred))
+    cos = (U @ U.T).clamp(-1, 1)  # (K, K)
+    return cos[~torch.eye(len(U), dtype=torch.bool, device=U.device)].view(len(U), -1)  # without the diagonal
 
 # %% ../../nbs/geometry/30_means.ipynb #4395110c
 def nc2_max_angle(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # angles seen from mu_G; False: from the origin
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # >= 0; 0 when every cosine is -1/(K-1)
     "Mean distance of `cos(M_c, M_c')` from -1/(K-1) (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
-    cos = _cosines(source, centred, weighting)  # (K, K-1)
+    cos = _cosines(source, centred)  # (K, K-1)
     K = len(cos)
     return (cos + 1 / (K - 1)).abs().mean().item()
 
@@ -112,20 +103,21 @@ def nc2_etf(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # compare the Gram matrix of mu_c - mu_G; False: of the rows as they are
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # 0 (a simplex) to sqrt(2)
     "Distance of the normalised Gram matrix `M M^T` to the simplex's (Zhu et al. 2021, 2105.02375)."
-    M = class_rows(source, centred=centred, weighting=weighting)
-    return gram_distance(M @ M.T)
+    M = class_rows(source, centred=centred)
+    return gram_distance(M @ M.T, simplex_gram(len(M)))
 
 # %% ../../nbs/geometry/30_means.ipynb #aed19413
 def gram_distance(
-    gram: Tensor,  # (K, K)
-) -> float:  # 0 to 2; 0 when gram is a positive multiple of the simplex's Gram matrix
-    "Frobenius distance of `gram`, scaled to norm 1, to `simplex_gram(K)`. Raises ValueError when gram is zero."
-    norm = gram.norm()
-    if norm == 0: raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
-    return (gram / norm - simplex_gram(len(gram)).to(gram)).norm().item()
+    gram: Tensor,  # (K, K), of any scale: A A^T of some rows A, or W M^T
+    target: Tensor,  # (K, K), of any scale: `simplex_gram(K)`, or the identity for an orthogonal frame
+) -> float:  # 0 (a positive multiple of the target) to 2
+    "Frobenius distance of two Gram matrices, both scaled to norm 1. Raises ValueError when one is zero."
+    target = target.to(gram)
+    if not gram.any() or not target.any():
+        raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
+    return (gram / gram.norm() - target / target.norm()).norm().item()
 
 # %% ../../nbs/geometry/30_means.ipynb #c3f8a4b6
 def _distance_to_hull(
@@ -142,28 +134,26 @@ def one_vs_rest_margin(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # directions seen from mu_G; False: the rows as they are (Jiang et al.)
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # 0 (a row lies in the hull of the others) to K/(K-1) (a simplex)
     "Smallest distance of a unit row to the convex hull of the others (Jiang et al. 2023, 2310.05351)."
-    U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
+    U = unit_rows(class_rows(source, centred=centred))
     if U.shape[1] > len(U): U = torch.linalg.qr(U.T, mode="r").R.T  # (K, K): a rotation keeps every distance
     points = U.cpu().numpy()
     return min(_distance_to_hull(point, np.delete(points, k, 0)) for k, point in enumerate(points))
-
-# %% ../../nbs/geometry/30_means.ipynb #4d8300b6
-def _log_distances(source, centred, weighting):
-    "log |u_c - u_c'| of the K (K-1)/2 pairs, -inf where two rows coincide. `pdist` makes no (K, K, D) array."
-    return pdist(unit_rows(class_rows(source, centred=centred, weighting=weighting))).log()
 
 # %% ../../nbs/geometry/30_means.ipynb #516ff945
 def log_uniformity(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # directions seen from mu_G; False: the rows as they are
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # at least -log(2K/(K-1))/2, which a simplex attains; inf when two directions coincide
     "Mean logarithmic energy of the directions of the rows (Liu et al. 2023, 2303.06484). Lower is more uniform."
-    return -_log_distances(source, centred, weighting).mean().item()
+    return -_log_distances(source, centred).mean().item()
+
+# %% ../../nbs/geometry/30_means.ipynb #4d8300b6
+def _log_distances(source, centred):
+    "log |u_c - u_c'| of the K (K-1)/2 pairs, -inf where two rows coincide. `pdist` makes no (K, K, D) array."
+    return pdist(unit_rows(class_rows(source, centred=centred))).log()
 
 # %% ../../nbs/geometry/30_means.ipynb #edc44f9d
 def riesz_uniformity(
@@ -171,10 +161,9 @@ def riesz_uniformity(
     *,
     exponent: float | None = None,  # s > 0; default max(D - 2, 1), the Coulomb kernel
     centred: bool = True,  # directions seen from mu_G; False: the rows as they are
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # (1/s) log mean |u_c - u_c'|^-s: at least -log(2K/(K-1))/2; inf when two directions coincide
-    "Riesz energy of the directions of the rows, as `log(E_s)/s` (Liu et al. 2023, 2303.06484). Lower is more uniform. Raises ValueError unless s is positive and finite."
-    log_d = _log_distances(source, centred, weighting)  # (K (K-1)/2,)
+    "`log(E_s)/s` of the directions of the rows (Liu et al. 2023, 2303.06484). Raises ValueError unless 0 < s < inf."
+    log_d = _log_distances(source, centred)  # (K (K-1)/2,)
     D = source.dim if isinstance(source, ClassStatistics) else as_rows(source).shape[1]
     s = max(D - 2, 1) if exponent is None else exponent
     if not 0 < s < math.inf: raise ValueError(f"exponent is {s}: expected a positive finite number")

@@ -22,17 +22,15 @@ def nc5_ood(
     ood: Tensor,  # (D,) mean of out-of-distribution features, or (N, D) the features
     *,
     centred: bool = True,  # angles seen from mu_G; False: from the origin, as Ammar et al. write it
-    weighting: str = "class",  # how mu_G is weighted
 ) -> float:  # 0 (orthogonal to every class mean) to 1
-    "Mean absolute cosine of class means and out-of-distribution mean (Ammar et al. 2023, 2310.06823). Raises ValueError where a mean has no direction."
-    means = class_rows(source, centred=False, weighting=weighting)  # (K, D)
-    v = _mean_feature(ood, means)  # (D,) mu_OOD
-    if centred: v = v - (source.global_mean(weighting) if isinstance(source, ClassStatistics) else means.mean(0))
-    # what rounding leaves of a difference that should be 0 is no direction
-    if v.norm() <= ROUNDING * means.norm(dim=1).max():
-        raise ValueError("the out-of-distribution mean coincides with the global mean (or the origin): it has no direction")
-    M = class_rows(source, centred=centred, weighting=weighting)
-    return (unit_rows(M) @ (v / v.norm())).abs().mean().item()
+    "Mean absolute cosine of class means and OOD mean (Ammar et al. 2023, 2310.06823). ValueError on a mean of no direction."
+    mu = class_rows(source, centred=False)  # (K, D)
+    v = _mean_feature(ood, mu)  # (D,) mu_OOD
+    if centred: v = v - mu.mean(0)
+    if v.norm() <= ROUNDING * mu.norm(dim=1).max():  # so short a difference is a rounding error
+        raise ValueError("the out-of-distribution mean coincides with the global mean (or the origin): "
+                         "it has no direction")
+    return (unit_rows(class_rows(mu, centred=centred)) @ (v / v.norm())).abs().mean().item()
 
 # %% ../../nbs/geometry/60_ood.ipynb #29d16965
 def _mean_feature(ood, means):
