@@ -4,18 +4,19 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-.PHONY: reproduce test check docs lab bench
+.PHONY: reproduce test check docs lab bench machines
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-reproduce: .venv/installed          ## train, measure, and print the scoreboard at the preset quick
-	$(BIN)/nc-reproduce --preset quick
+reproduce: .venv/installed          ## the paper's studies at the preset quick, and their scoreboard
+	$(BIN)/nc-reproduce --preset quick --studies paper
 
-check: .venv/installed              ## notebooks, package and README in step; lint
+check: .venv/installed              ## notebooks, package and README in step; the rules of the house; lint
 	$(BIN)/python tools/check_sync.py
+	$(BIN)/python tools/check_house.py
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff check --quiet --isolated --select F nc_nbdev
 
@@ -31,3 +32,6 @@ lab: .venv/installed                ## the notebooks in JupyterLab
 
 bench: .venv/installed              ## speed and memory of the measures
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python benchmarks/statistics.py
+
+machines: .venv/installed           ## the paper's verdicts as three processors would give them
+	$(BIN)/python tools/machines.py runs/machines/table.csv --preset quick --studies paper

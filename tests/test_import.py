@@ -15,7 +15,8 @@ def fresh(code):
 
 
 def test_import_loads_nothing_heavy():
-    loaded = fresh("import sys, nc_nbdev; print(*[m for m in ('torch', 'torchvision', 'fastai', 'sklearn', 'pandas') if m in sys.modules])")
+    loaded = fresh("import sys, nc_nbdev\n"
+                   "print(*[m for m in ('torch', 'torchvision', 'fastai', 'sklearn', 'pandas') if m in sys.modules])")
     assert loaded.split() == []
 
 

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlparse
 
 import pytest
-from nbdev.config import nbpath2html
+from nbdev.config import get_config, nbpath2html
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = get_config(ROOT)
+HOSTS = {"arxiv.org", "doi.org", "docs.fast.ai", "fastcore.fast.ai", "nbdev.fast.ai", "fastprogress.fast.ai"}
 PREFIX = "/nc_nbdev/"  # GitHub Pages serves the site under the name of the project, not at the root
 REPORT = "reports/report.html"
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -33,7 +35,8 @@ FACTS = r"""async () => {
   const prose = [];
   while (walker.nextNode()) {
     const parent = walker.currentNode.parentElement;
-    if (!parent.closest('pre, code, script, style, svg, .katex, .code-copy-button')) prose.push(walker.currentNode.data);
+    if (parent.closest('pre, code, script, style, svg, .katex, .code-copy-button')) continue;
+    prose.push(walker.currentNode.data);
   }
   const opaque = (img) => {
     const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1});
@@ -48,7 +51,8 @@ FACTS = r"""async () => {
     repeated: all('main [id]').map((e) => e.id).filter((id, i, ids) => ids.indexOf(id) !== i),
     images: all('img').map((i) => ({src: i.src.slice(0, 80), alt: i.alt, loaded: i.complete && i.naturalWidth > 0})),
     opaque: all('img[src^="data:image/png"]').filter(opaque).map((i) => i.alt),
-    math: {asked: all('.math').length, drawn: all('.math .katex').length, errors: all('.katex-error').map((e) => e.title)},
+    math: {asked: all('.math').length, drawn: all('.math .katex').length,
+           errors: all('.katex-error').map((e) => e.title)},
     prose: prose.join('\n'),
     toc: all('#TOC a.nav-link').length,
     headings: all('main h2').length,
@@ -57,7 +61,8 @@ FACTS = r"""async () => {
   };
 }"""
 SIDEWAYS = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
-MARKUP = [r"\$\$", r"\\\(|\\\[|\\begin\{|\\frac|\\math", r"(?<!\w)\$\\?\w[^$\n]*\$", r":::", r"\]\(", r"\*\*\w", r"\{#", r"#\|", "```"]
+MARKUP = [r"\$\$", r"\\\(|\\\[|\\begin\{|\\frac|\\math", r"(?<!\w)\$\\?\w[^$\n]*\$", r":::", r"\]\(", r"\*\*\w",
+          r"\{#", r"#\|", "```"]
 
 
 def _serve(folder):
@@ -65,7 +70,8 @@ def _serve(folder):
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path):
-            return super().translate_path("/" + path.removeprefix(PREFIX) if path.startswith(PREFIX) else "/no/such/file")
+            inside = path.startswith(PREFIX)
+            return super().translate_path("/" + path.removeprefix(PREFIX) if inside else "/no/such/file")
 
         def log_message(self, *args):
             pass
@@ -125,8 +131,13 @@ def _open(browser, url, problems, **options):
 
     context.route("**/*", route)
     page = context.new_page()
-    slow = re.compile("willReadFrequently|GPU stall due to ReadPixels")  # a browser's advice on speed, where it draws 3-D without a GPU
-    page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type in ("error", "warning") and not slow.search(m.text) else None)
+    slow = re.compile("willReadFrequently|GPU stall due to ReadPixels")  # advice on speed, where 3-D has no GPU
+
+    def console(message):
+        if message.type in ("error", "warning") and not slow.search(message.text):
+            problems.append(f"console: {message.text}")
+
+    page.on("console", console)
     page.on("pageerror", lambda e: problems.append(f"script: {e}"))
     page.on("requestfailed", lambda r: problems.append(f"failed: {r.url}"))
     page.on("response", lambda r: problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
@@ -185,14 +196,31 @@ def test_links_and_anchors(crawl, docs, url):
     for path, facts in crawl.items():
         for link in facts["links"]:
             target, _, anchor = link.removeprefix(url).partition("#")
+            target = target or "index.html"
             if not link.startswith(url):
                 if not link.startswith(("https://", "mailto:")):
                     dead.append(f"{path}: {link}")
-            elif not (docs / (target or "index.html")).exists():
+            elif not (docs / target).exists():
                 dead.append(f"{path}: no page {target}")
-            elif anchor and (target or "index.html").endswith(".html") and anchor not in crawl[target or "index.html"]["ids"]:
+            elif anchor and target.endswith(".html") and anchor not in crawl[target]["ids"]:
                 dead.append(f"{path}: no anchor {target}#{anchor}")
     assert not dead
+
+
+def test_links_lead_to_known_hosts(crawl, url):
+    "No link leads to a host that nobody has looked at; the repository's own address stands in pyproject.toml alone."
+    own = ({"github.com", "colab.research.google.com", "mybinder.org"} if CONFIG.git_url else set()) | HOSTS
+    assert not [f"{path}: {link}" for path, facts in crawl.items() for link in facts["links"]
+                if not link.startswith((url, "mailto:")) and urlparse(link).hostname not in own]
+
+
+def test_no_address_without_a_repository(docs):
+    "As long as pyproject.toml names no repository, no page, copy or list names one."
+    if CONFIG.git_url: return
+    words = re.compile(r"nc-nbdev|github\.(com|io)/\S*nc_nbdev|mybinder\.org|colab\.research|git\+https|site\.invalid")
+    kinds = (".html", ".md", ".txt", ".xml", ".json")
+    texts = {p: p.read_text(encoding="utf-8") for p in docs.rglob("*") if p.suffix in kinds and "vendor" not in p.parts}
+    assert not [f"{p.relative_to(docs)}: {m[0]}" for p, text in texts.items() if (m := words.search(text))]
 
 
 def test_no_id_twice(crawl):
@@ -200,8 +228,9 @@ def test_no_id_twice(crawl):
 
 
 def test_maths_is_drawn(crawl):
-    assert not {p: f["math"] for p, f in crawl.items() if f["math"]["errors"] or f["math"]["asked"] != f["math"]["drawn"]}
-    assert sum(f["math"]["drawn"] for f in crawl.values()) > 50
+    maths = {path: facts["math"] for path, facts in crawl.items()}
+    assert not {p: m for p, m in maths.items() if m["errors"] or m["asked"] != m["drawn"]}
+    assert sum(m["drawn"] for m in maths.values()) > 50
 
 
 def test_no_markup_is_left(crawl):
@@ -223,7 +252,8 @@ def test_openings_are_there(crawl):
 
 
 def test_images(crawl):
-    assert not [(path, i) for path, facts in crawl.items() for i in facts["images"] if not i["alt"].strip() or not i["loaded"]]
+    images = [(path, image) for path, facts in crawl.items() for image in facts["images"]]
+    assert not [(path, i) for path, i in images if not i["alt"].strip() or not i["loaded"]]
 
 
 def test_figures_suit_light_and_dark(crawl):
@@ -246,7 +276,7 @@ def test_table_of_contents(crawl):
 
 def test_reading_order(page):
     "The sidebar shows the rooms in the order of the architecture."
-    rooms = ["geometry", "lab", "paper", "theory", "neighbours"]
+    rooms = ["geometry", "lab", "vision", "paper", "theory", "neighbours"]
     links = page.eval_on_selector_all("#quarto-sidebar a[href]", "links => links.map(a => a.getAttribute('href'))")
     shown = list(dict.fromkeys(Path(link).parts[0] for link in links if "/" in link.removeprefix("./")))
     assert shown == [room for room in rooms if room in shown]
@@ -268,7 +298,8 @@ def test_search(page):
 
 
 def _brightness(page):
-    red, green, blue = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
@@ -299,7 +330,9 @@ def test_keyboard(page):
         name, focus = page.evaluate("""() => {
           const e = document.activeElement, style = getComputedStyle(e);
           const seen = style.outlineStyle !== 'none' || style.boxShadow !== 'none';
-          return [e.matches('[type=search]') ? 'search' : e.matches('.quarto-color-scheme-toggle') ? 'toggle' : e.href, seen]; }""")
+          const toggle = e.matches('.quarto-color-scheme-toggle') ? 'toggle' : e.href;
+          const name = e.matches('[type=search]') ? 'search' : toggle;
+          return [name, seen]; }""")
         reached[name], visible = True, visible and (focus or name is None)
     assert wanted | {"search", "toggle"} <= set(reached)
     assert visible
@@ -314,11 +347,12 @@ def test_skip_link_reaches_the_text(page):
 def test_llms_txt(docs):
     "llms.txt lists the modules with their docstrings and a Markdown copy of every page."
     text = (docs / "llms.txt").read_text(encoding="utf-8")
-    host = re.search(r"<loc>(.*?/nc_nbdev/)", (docs / "sitemap.xml").read_text(encoding="utf-8"))[1]
+    host = f"{CONFIG.doc_url.rstrip('/')}/".lstrip("/")
     links = [link.removeprefix(host) for link in re.findall(r"\]\(([^)\s]+)\)", text.partition("## Pages")[2])]
     assert {p + ".md" for p in _pages(docs)} == set(links)
-    assert all((docs / link).exists() for link in re.findall(re.escape(host) + r"([^)\s]+)\)", text))
-    assert "## Modules" in text
+    assert all((docs / link).exists() for link in links)
+    modules = text.partition("## Modules")[2].partition("## Pages")[0]
+    assert {"geometry.etf", "lab.taps", "rooms"} <= set(re.findall(r"nc_nbdev\.([\w.]+)[`\]]", modules))
 
 
 def test_search_index_has_every_page(docs):
@@ -355,38 +389,40 @@ def test_tetrahedron_slider_moves_the_points(page, url):
     picture = scene.screenshot()
     box = rail.bounding_box()
     page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
-    page.wait_for_function("document.querySelector('.plotly-figure .slider-label')?.textContent === 'epoch 0'")
+    label = "document.querySelector('.plotly-figure .slider-label')?.textContent"
+    page.wait_for_function(f"{label} === 'epoch 0'")
     page.wait_for_function(f"({SPREAD})()[0] > {10 * train_last}")
     train_first, test_first = page.evaluate(SPREAD)
     assert 0.7 < test_first / train_first < 1.4
     page.wait_for_timeout(300)
     assert scene.screenshot() != picture
     figure.get_by_text("Play").click()
-    page.wait_for_function("document.querySelector('.plotly-figure .slider-label')?.textContent === 'epoch 150'", timeout=20_000)
+    page.wait_for_function(f"{label} === 'epoch 150'", timeout=20_000)
     page.wait_for_function(f"({SPREAD})()[0] < {1.01 * train_last}")
 
 
 def test_every_page_can_be_run_elsewhere(crawl):
-    "Each page links to its own notebook at Colab and at Binder, by a path of this repository and its branch."
-    config = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    repo, branch = re.search('Repository = "https://github.com/(.*)"', config)[1] + "/", re.search('branch = "(.*)"', config)[1]
-    found = {}
+    "Each page links to its own notebook at Colab and at Binder, once the repository has an address."
+    repo, found = CONFIG.git_url.removeprefix("https://github.com/") + "/", []
     for path, facts in crawl.items():
-        colab = [link.partition(f"/github/{repo}blob/{branch}/")[2] for link in facts["links"] if link.startswith("https://colab.")]
-        binder = [unquote(link.partition(f"/gh/{repo}{branch}?labpath=")[2]) for link in facts["links"] if link.startswith("https://mybinder.")]
-        assert colab == binder and len(colab) == 1, path
-        assert (ROOT / colab[0]).is_file(), f"{path}: no {colab[0]}"
-        assert nbpath2html(Path(colab[0]).relative_to("nbs")).as_posix() == path
-        found[path] = colab[0]
-    assert len(set(found.values())) == len(found)
+        notebook = f"/github/{repo}blob/{CONFIG.branch}/"
+        colab = [link.partition(notebook)[2] for link in facts["links"] if "//colab." in link]
+        binder = [unquote(link.partition("?labpath=")[2]) for link in facts["links"] if "//mybinder." in link]
+        assert colab == binder and len(colab) == bool(CONFIG.git_url), path
+        for notebook in colab:
+            assert (ROOT / notebook).is_file(), f"{path}: no {notebook}"
+            assert nbpath2html(Path(notebook).relative_to("nbs")).as_posix() == path
+        found += colab
+    assert len(set(found)) == len(found)
 
 
 def test_interactive_page_is_small(docs):
     "The page and the script that draws it, without a network: under 2 MB together with the static picture."
     html = docs / "paper/tetrahedron.html"
-    scripts = {html.parent / s for s in re.findall(r'<script src="([^"]*plotly[^"]*)"', html.read_text(encoding="utf-8"))}
+    text = html.read_text(encoding="utf-8")
+    scripts = {html.parent / s for s in re.findall(r'<script src="([^"]*plotly[^"]*)"', text)}
     assert len(scripts) == 1
-    figure = re.search(r'<script>Plotly.newPlot.*?</script>', html.read_text(encoding="utf-8"), flags=re.S)[0]
+    figure = re.search(r'<script>Plotly.newPlot.*?</script>', text, flags=re.S)[0]
     assert len(figure) + sum(s.stat().st_size for s in scripts) < 2_000_000
 
 
@@ -395,7 +431,7 @@ def test_markdown_copies_hold_no_scripts(docs):
 
 
 def test_report_is_linked(crawl, docs, url):
-    "Where `make reproduce` has written its report, the page of the studies leads to it."
-    linked = [link.removeprefix(url) for link in crawl["studies.html"]["links"] if link.startswith(url)]
+    "Where `make reproduce` has written its report, the page `reproduce` leads to it."
+    linked = [link.removeprefix(url) for link in crawl["reproduce.html"]["links"] if link.startswith(url)]
     assert (REPORT in linked) == (docs / REPORT).exists()
     assert (docs / REPORT).exists() >= (ROOT / REPORT).exists()

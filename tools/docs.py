@@ -32,18 +32,20 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "geometry": "Geometry: how collapsed?",
     "lab": "Lab: train and measure",
+    "vision": "Vision: the first system",
     "paper": "Paper: does it hold on test data?",
     "theory": "Theory: why does it happen?",
     "neighbours": "Neighbours: where else?",
 }
 BADGES = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({}) "
           "[![Open in Binder](https://mybinder.org/badge_logo.svg)]({})")
+NOWHERE = "https://site.invalid"  # stands for the site where it has no address: a name that can never exist
 FIRST = ["index.ipynb", "tutorial.ipynb", "explore.ipynb"]
 REFERENCE = ["glossary.ipynb", "symbols.ipynb", "references.ipynb"]
 
 
 def contents(nbs):
-    "The sidebar: the pages to start with, the rooms in reading order, then what remains of the top folder and the reference pages."
+    "The sidebar: the pages to start with, the rooms in reading order, the rest of the top folder, the reference pages."
     pages = lambda folder: sorted(p.relative_to(nbs).as_posix() for p in folder.glob("[!_.]*.ipynb"))
     there = pages(nbs)
     first, top = [p for p in FIRST if p in there], [p for p in there if p not in FIRST + REFERENCE]
@@ -74,15 +76,31 @@ class NotebookSite(Site):
         return page
 
 
+def addresses(website):
+    "The repository's address in the navigation bar; without one, no address of the site either."
+    if url := website.get("repo-url"):
+        website["navbar"]["tools"] = [{"icon": "github", "href": url, "text": "Source code"}]
+    else:
+        for key in ("repo-url", "repo-actions", "site-url"): website.pop(key, None)
+
+
 def render(proc, out):
     "Render the processed notebooks; returns what smalldocs could not do, such as a broken link."
     project = load(proc)
     project.website["llms-txt"] = True  # set here: an older Quarto refuses a key it does not know
+    addresses(project.website)
     site = NotebookSite(project, quiet=True)
     site.out = out
     site.build()
     known = ("output-file", "format-links", "format commonmark", "skip_showdoc", "skip_exec")  # for Quarto and nbdev
     return [w for w in site.warnings if not any(k in w for k in known)]
+
+
+def absolute_links(proc):
+    "nbdev links symbols to the root of a site without an address, which smalldocs takes for broken links: name a host."
+    for notebook in proc.rglob("*.ipynb"):
+        text = re.sub(r"\]\(/(?=[\w/]+\.html)", f"]({NOWHERE}/", notebook.read_text(encoding="utf-8"))
+        notebook.write_text(text, encoding="utf-8")
 
 
 def vendor(out, nbs):
@@ -99,7 +117,8 @@ def vendor(out, nbs):
 
 
 def local_links(out, host):
-    "nbdev links symbols to the published site: make them relative, and when a page has no anchor for a method, use its class's."
+    """nbdev links symbols to the published site, at `host`: make the links relative. When a page has no anchor for a
+    method, use its class's."""
     pages = {p.relative_to(out).as_posix(): p for p in out.rglob("*.html")}
     ids = {name: set(re.findall(r'\bid="([^"]+)"', p.read_text(encoding="utf-8"))) for name, p in pages.items()}
     for name, path in pages.items():
@@ -115,14 +134,16 @@ def local_links(out, host):
 
 
 def llms(out, nbs):
-    "llms.txt: the modules with their docstrings, as nbdev lists them, then every page; copies are named as Quarto names them."
+    "llms.txt: the modules with their docstrings, then every page; copies are named as Quarto names them."
     for copy in out.rglob("*.llms.md"):
         copy.rename(copy.with_name(copy.name.replace(".llms.md", ".html.md")))
     for text in [*out.rglob("*.html.md"), out / "llms.txt"]:
         copy = text.read_text(encoding="utf-8").replace(".llms.md", ".html.md")
         copy = re.sub(r'<p class="run-links">.*?</p>\s*', "", copy)
-        copy = re.sub(r'<div class="plotly-figure"[^>]* aria-label="([^"]*)".*?</div>\s*<script.*?</script>\s*<script>Plotly.*?</script>',
-                      r"*\1*", copy, flags=re.S)
+        copy = copy.replace(f"{NOWHERE}/", "../" * (len(text.relative_to(out).parts) - 1))
+        figure = (r'<div class="plotly-figure"[^>]* aria-label="([^"]*)".*?</div>\s*'
+                  r"<script.*?</script>\s*<script>Plotly.*?</script>")
+        copy = re.sub(figure, r"*\1*", copy, flags=re.S)
         text.write_text(copy, encoding="utf-8")
     modules, pages = nbs / "llms.txt", (out / "llms.txt").read_text(encoding="utf-8")
     if modules.exists():
@@ -132,13 +153,15 @@ def llms(out, nbs):
 
 
 def report(out, root):
-    "Put the report of the last `make reproduce`, where there is one, beside the pages, and a link to it on the page of the studies."
-    file, page = root / "reports/report.html", out / "studies.html"
-    if not file.exists(): return
+    "Put the report of the last `make reproduce`, if there is one, beside the pages; link to it from reproduce.html."
+    file, page = root / "reports/report.html", out / "reproduce.html"
+    if not (file.exists() and page.exists()): return
     (out / "reports").mkdir(exist_ok=True)
     shutil.copy(file, out / "reports")
-    link = '<a href="reports/report.html">The report</a> of the last <code>make reproduce</code>: scoreboard and figures on one page.'
-    page.write_text(re.sub(r'(<p class="run-links">.*?)(</p>)', rf"\1<br>{link}\2", page.read_text(encoding="utf-8"), count=1, flags=re.S), encoding="utf-8")
+    link = ('<p class="report-link"><a href="reports/report.html">The report</a> of the last '
+            "<code>make reproduce</code>: scoreboard and figures on one page.</p>")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r"(</header>)", rf"\1{link}", text, count=1), encoding="utf-8")
 
 
 def build():
@@ -147,12 +170,14 @@ def build():
     refresh_quarto_yml()
     update_llms_txt()
     (cfg.nbs_path / "sidebar.yml").write_text(sidebar(cfg.nbs_path), encoding="utf-8")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:Found cells containing imports")  # plt.style.use beside imports is fine
+    # plt.style.use beside imports is fine
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Found cells containing imports")
     proc = proc_nbs(force=True, n_workers=min(4, os.cpu_count() or 1))
+    absolute_links(proc)
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
     problems = render(proc, cfg.doc_path)
     vendor(cfg.doc_path, cfg.nbs_path)
-    local_links(cfg.doc_path, (cfg.doc_host + cfg.doc_baseurl).rstrip("/"))
+    local_links(cfg.doc_path, cfg.doc_url.rstrip("/") or NOWHERE)
     llms(cfg.doc_path, cfg.nbs_path)
     report(cfg.doc_path, ROOT)
     print(f"{len(list(cfg.doc_path.rglob('*.html')))} pages in {cfg.doc_path}")
@@ -190,7 +215,7 @@ def readme():
         if cell.cell_type == "raw":
             meta = yaml.safe_load(source.strip("-\n")) or {}
             parts += [f"# {meta['title']}", *([f"> {meta['description']}"] if "description" in meta else [])]
-        elif 'class="run-links"' in source:
+        elif 'class="run-links"' in source:   # there only when the repository has an address
             parts.append(BADGES.format(*run_links("nbs/index.ipynb").values()))
         elif cell.cell_type == "markdown":
             parts.append(re.sub(r"^:::.*\n?|<!--.*?-->", "", source, flags=re.M))
@@ -203,6 +228,7 @@ def readme():
             parts += [output_markdown(o, lambda png, alt=alt: image(png, alt)) for o in cell.get("outputs", [])]
     text = "\n\n".join(p for p in parts if p.strip()) + "\n"
     here = cfg.nbs_path.relative_to(cfg.config_path).as_posix()
+    text = re.sub(r"\[(`[^`]+`)\]\(/[^)]*\)", r"\1", text)   # symbol links of a site without an address
     text = re.sub(r"\]\((?![a-z]+:|#|/)([^)\s]+)\)", lambda m: f"]({os.path.normpath(f'{here}/{m[1]}')})", text)
     return text, {cfg.nbs_path / name: png for name, png in pictures.items()}
 

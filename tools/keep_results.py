@@ -3,7 +3,8 @@
     nc-reproduce --preset laptop --studies paper --datasets mnist cifar10 --out reports
     python tools/keep_results.py reports results/laptop "CIFAR-10 decoded from JPEG files"
 
-Writes claims.json, environment.json with the remark, and train_vs_test.parquet: the curves of study 1.
+Writes claims.json, environment.json with the remark, and train_vs_test.parquet: the curves of study 1. What is kept
+already is not overwritten.
 """
 
 import json
@@ -18,14 +19,15 @@ MEASURES = ["accuracy", "train_variance", "test_variance", "strong_test_variance
 
 def keep(source, target, remark):
     "Copy claims and environment, and the curves of study 1 at the last layer."
-    target.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True)   # raises FileExistsError
     shutil.copy(source / "claims.json", target)
     environment = json.loads((source / "environment.json").read_text())
     (target / "environment.json").write_text(json.dumps({**environment, "remark": remark}, indent=1) + "\n")
     history = pd.read_parquet(source / "history.parquet")
-    study = history.run.str.contains("cross-entropy|squared error")   # the names of its pairs
-    if not study.any(): raise SystemExit(f"{source / 'history.parquet'} holds no runs of train_vs_test: run that study too")
-    history[study & history.layer.isin(["output", "pool"]) & history.measure.isin(MEASURES)].to_parquet(target / "train_vs_test.parquet", index=False)
+    study = history.condition.str.contains("cross-entropy|squared error", na=False)
+    if not study.any(): raise SystemExit(f"{source / 'history.parquet'} holds no runs of train_vs_test: run it too")
+    kept = history[study & history.layer.isin(["output", "pool"]) & history.measure.isin(MEASURES)]
+    kept.to_parquet(target / "train_vs_test.parquet", index=False)
 
 
 if __name__ == "__main__": keep(Path(sys.argv[1]), Path(sys.argv[2]), " ".join(sys.argv[3:]))

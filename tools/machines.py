@@ -1,0 +1,70 @@
+"""Do the verdicts depend on the processor? The same command, run as three processors would run it, and a table.
+
+    python tools/machines.py results/machines.csv --studies paper --seeds 5
+
+Further arguments go to nc-reproduce. A network trained on another instruction set rounds differently, so its numbers
+differ; a verdict that differs is reported. Each machine has its own folder of runs below `runs/machines`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from nc_nbdev.lab.claims import load_claims
+
+MACHINES = {
+    "AVX2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
+    "AVX512": dict(ATEN_CPU_CAPABILITY="avx512", ONEDNN_MAX_CPU_ISA="AVX512_CORE", MKL_ENABLE_INSTRUCTIONS="AVX512"),
+    "native": {},
+}
+
+
+def machines():
+    "The machines that this processor can be; to ask for instructions that it lacks would end in a crash."
+    from torch.backends.cpu import get_cpu_capability
+
+    return {"AVX512": [*MACHINES], "AVX2": ["AVX2", "native"]}.get(get_cpu_capability(), ["native"])
+
+
+def reproduce(name, folder, arguments):
+    "Run nc-reproduce as the machine `name`; its claims."
+    environment = {k: v for k, v in os.environ.items() if k not in MACHINES["AVX2"]} | MACHINES[name]
+    command = [Path(sys.executable).with_name("nc-reproduce"), "--runs", folder / "runs", "--out", folder / "report"]
+    subprocess.run([str(c) for c in [*command, *arguments]], env=environment, check=True)
+    return load_claims(folder / "report/claims.json")
+
+
+def agreement(claims):
+    "A row a claim: number and verdict on each machine, whether the verdicts agree, and how far the numbers are apart."
+    columns = {}
+    for machine, found in claims.items():
+        index = pd.MultiIndex.from_tuples([(c.study, c.id) for c in found], names=["study", "claim"])
+        columns[machine] = pd.Series([c.measured[0] for c in found], index)
+        columns[f"{machine} verdict"] = pd.Series([c.verdict for c in found], index)
+    table = pd.DataFrame(columns)
+    numbers, verdicts = table[[*claims]], table[[f"{machine} verdict" for machine in claims]]
+    size = numbers.abs().max(axis=1)
+    table["spread"] = ((numbers.max(axis=1) - numbers.min(axis=1)) / size.where(size > 0, 1)).round(4)
+    table["agree"] = verdicts.nunique(axis=1, dropna=False) == 1
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="the file to write (CSV)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/machines"), help="of the runs and reports")
+    options, arguments = parser.parse_known_args()
+    claims = {name: reproduce(name, options.folder / name, arguments) for name in machines()}
+    table = agreement(claims)
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(options.table)
+    print(f"\n{table.agree.sum()} of {len(table)} claims have the same verdict on {', '.join(claims)}: {options.table}")
+    if not table.agree.all(): print(table[~table.agree].to_string())
+
+
+if __name__ == "__main__":
+    main()
