@@ -4,8 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from nbdev.config import get_config
+
+from nc_nbdev import _docs
+from nc_nbdev.rooms import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,3 +51,28 @@ def test_sidebar_lists_every_notebook(docs_tool):
     written = (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8")
     pages = [p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").glob("**/[!_.]*.ipynb")]
     assert not [p for p in pages if f"- {p}\n" not in written and "/." not in p]
+
+
+def test_no_address_without_a_repository():
+    if get_config(ROOT).git_url: return
+    assert not re.search(r"nc-nbdev|mybinder\.org|colab\.research|github\.com|github\.io|git\+https|\]\(/", TEXT)
+
+
+def test_with_a_repository_a_page_runs_elsewhere(monkeypatch):
+    monkeypatch.setattr(_docs, "get_config", lambda: SimpleNamespace(git_url="https://github.com/a/b", branch="main"))
+    assert _docs.run_links("nbs/lab/00_x.ipynb") == {
+        "Colab": "https://colab.research.google.com/github/a/b/blob/main/nbs/lab/00_x.ipynb",
+        "Binder": "https://mybinder.org/v2/gh/a/b/main?labpath=nbs%2Flab%2F00_x.ipynb"}
+
+
+def test_with_a_repository_the_site_names_it(docs_tool):
+    named = {"repo-url": "https://github.com/a/b", "site-url": "https://a.io/b", "navbar": {}}
+    docs_tool.addresses(named)
+    assert named["navbar"]["tools"][0]["href"] == "https://github.com/a/b" and named["site-url"] == "https://a.io/b"
+    without = {"repo-url": "", "repo-actions": ["source"], "site-url": "/", "navbar": {}}
+    docs_tool.addresses(without)
+    assert without == {"navbar": {}}
+
+
+def test_every_room_has_a_title(docs_tool):
+    assert list(docs_tool.ROOMS) == [room for room in ROOMS if room != "reproduce"]   # a page, no folder

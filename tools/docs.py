@@ -160,8 +160,9 @@ def report(out, root):
     shutil.copy(file, out / "reports")
     link = ('<p class="report-link"><a href="reports/report.html">The report</a> of the last '
             "<code>make reproduce</code>: scoreboard and figures on one page.</p>")
-    text = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r"(</header>)", rf"\1{link}", text, count=1), encoding="utf-8")
+    title = r'(<header id="title-block-header".*?</header>)'
+    text = re.sub(title, rf"\1{link}", page.read_text(encoding="utf-8"), count=1, flags=re.S)
+    page.write_text(text, encoding="utf-8")
 
 
 def build():
