@@ -93,3 +93,20 @@ def test_a_claim_that_one_machine_lacks_does_not_agree(tools):
 def test_as_no_more_than_the_processor_is(tools):
     names = tools("machines").machines()
     assert names[-1] == "native" and set(names) <= {"AVX2", "AVX512", "native"}
+
+
+def test_a_machine_is_an_environment_with_folders_of_its_own(tools, monkeypatch, tmp_path):
+    machines, calls = tools("machines"), []
+
+    def run(command, env, check):
+        calls.append((command, env))
+        (tmp_path / "report").mkdir(exist_ok=True)
+        (tmp_path / "report/claims.json").write_text("[]", encoding="utf-8")
+
+    monkeypatch.setattr(machines.subprocess, "run", run)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    for name in ("AVX512", "native"): assert machines.reproduce(name, tmp_path, ["--seeds", "2"]) == []
+    (command, avx512), (_, native) = calls
+    assert command[1:] == ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--seeds", "2"]
+    assert avx512["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
+    assert not machines.MACHINES["AVX2"].keys() & native.keys()
