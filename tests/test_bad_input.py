@@ -179,4 +179,4 @@ def test_what_can_be_understood_works(name):
 def test_features_in_memory_are_not_copied():
     a = np.random.default_rng(0).standard_normal((30, 4))
     s = nc.ClassStatistics.from_features(a, np.arange(30) % 3, num_classes=3)
-    assert s._features[0][0].data_ptr() == a.ctypes.data
+    assert s._features[0].H.data_ptr() == a.ctypes.data

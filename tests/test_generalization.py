@@ -50,7 +50,11 @@ def splits(draw):
 def test_weak_below_test_below_strong(data):
     H, y, H_test, y_test, K = data
     t = nc.test_collapse(H, y, H_test, y_test, num_classes=K, restarts=1)
-    assert 0 <= t.weak <= t.test <= t.strong
+    assert 0 <= t.weak_lower <= t.weak <= t.test <= t.strong
+    streams = nc.ClassStatistics(K, H.shape[1]).update(H, y), nc.ClassStatistics(K, H.shape[1], "full").update(H_test, y_test)
+    s = gen.test_collapse_from_statistics(*streams)
+    assert s.weak is None and 0 <= s.weak_lower <= s.test <= s.strong
+    assert s.weak_lower == pytest.approx(t.weak_lower, rel=1e-6, abs=1e-9 * max(t.test, 1e-9))
     train, test, strong = by_definition(*data)
     for value, expected in ((t.train, train), (t.test, test), (t.strong, strong)):
         assert value == pytest.approx(expected, rel=1e-9, abs=1e-18)
@@ -69,6 +73,7 @@ def test_weak_variance_is_an_upper_bound_of_the_optimum_and_near_it(seed, K, N, 
 
     optimum = min(cost(part) for part in itertools.product(range(K), repeat=N))
     assert gen.weak_variance(H, K, restarts=1) >= optimum * (1 - 1e-9)
+    assert gen.weak_lower_bound(H, K) <= optimum * (1 + 1e-9) + 1e-15
     # no start is sure to find it; k-means++ is within 8 (ln K + 2) of it on average, and 20 of them in practice near 1
     assert gen.weak_variance(H, K, restarts=20) <= 1.2 * optimum + 1e-12
 
@@ -102,6 +107,20 @@ def test_weak_variance_of_discrete_features_is_zero():
     assert gen.weak_variance(points[torch.randint(10, (300,))], 9) > 1
 
 
+def test_lower_bound_of_known_features():
+    torch.manual_seed(0)
+    points = torch.randn(6, 40)
+    assert gen.weak_lower_bound(points[torch.arange(60) % 6], 6) < 1e-12  # discrete
+    assert gen.weak_lower_bound(points[torch.arange(60) % 6], 5) > 0
+    H = torch.randn(500, 3, dtype=torch.float64) * torch.tensor([5.0, 2, 1])
+    variances = torch.linalg.eigvalsh(torch.cov(H.T, correction=0))
+    for k, expected in enumerate([variances.sum(), variances[:2].sum(), variances[0], 0], start=1):
+        assert gen.weak_lower_bound(H, k) == pytest.approx(float(expected))
+    assert gen.weak_lower_bound(H + 100, 2) == pytest.approx(gen.weak_lower_bound(H, 2))
+    with pytest.raises(ValueError, match="finite"): gen.weak_lower_bound(H * torch.nan, 2)
+    with pytest.raises(ValueError, match="keeps no covariance"): gen.weak_lower_bound(nc.ClassStatistics(2, 3), 2)
+
+
 def test_rotation_into_the_span_is_exact():
     torch.manual_seed(0)
     H = torch.randn(40, 6, dtype=torch.float64)
@@ -118,7 +137,11 @@ def test_statistics_give_the_same_without_weak():
     for a in range(0, 60, 7): test.update(H_test[a : a + 7], y_test[a : a + 7])
     streamed = gen.test_collapse_from_statistics(train, test)
     t = nc.test_collapse(H, y, H_test, y_test)
-    assert streamed.weak is None
+    assert streamed.weak is None and streamed.weak_lower is None  # these streams keep no covariance
+    weighted = nc.ClassStatistics(4, 7, "full", test.counts.clamp(min=1)).update(H_test, y_test)
+    assert gen.test_collapse_from_statistics(train, weighted).weak_lower is None  # nor one of all samples alike
+    full = nc.ClassStatistics(4, 7, "full").update(H_test, y_test)
+    assert gen.test_collapse_from_statistics(train, full).weak_lower == pytest.approx(t.weak_lower)
     for name in ("train", "test", "strong"): assert getattr(streamed, name) == pytest.approx(getattr(t, name), rel=1e-10)
     assert (t.train, t.test, t.strong) == pytest.approx(by_definition(H, y, H_test, y_test, 4), rel=1e-9)
 

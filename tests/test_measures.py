@@ -10,7 +10,7 @@ from test_against_definitions import problem
 
 import nc_nbdev as nc
 from nc_nbdev.geometry import duality, means, nearest_centre, ood
-from nc_nbdev.geometry.etf import simplex_etf
+from nc_nbdev.geometry.etf import simplex_etf, simplex_gram
 
 FEW = settings(max_examples=40, deadline=None)
 
@@ -187,7 +187,6 @@ def test_conventions_of_nc2_and_nc3():
     assert duality.nc3_duality(mu, mu, centred=False) == pytest.approx(0, abs=1e-12)
     assert duality.nc3_duality(mu, mu) > 0.1
     assert duality.nc3_duality(W, mu, squared=True, row_normalised=True) == pytest.approx(8 * (1 - duality.nc3_cosine(W, mu)))
-    with pytest.raises(ValueError, match="counts"): means.nc2_norms(W, weighting="sample")
 
 
 def test_nc5():
@@ -201,4 +200,63 @@ def test_nc5():
     stats = nc.ClassStatistics.from_features(H, y, num_classes=4)
     M, v = stats.means - H.mean(0), far.mean(0) - H.mean(0)
     expected = torch.nn.functional.cosine_similarity(M, v[None]).abs().mean().item()
-    assert ood.nc5_ood(stats, far, weighting="sample") == pytest.approx(expected)
+    sample = stats.global_mean("sample")  # another centre is subtracted beforehand
+    assert ood.nc5_ood(stats.means - sample, far.mean(0) - sample, centred=False) == pytest.approx(expected)
+
+
+# --- Gram matrices, margins, separability ------------------------------------------------------------------------------
+
+@FEW
+@given(st.integers(2, 6), st.integers(2, 8), st.integers(0, 10**6), st.floats(1e-3, 1e3))
+def test_gram_distance(K, D, seed, scale):
+    torch.manual_seed(seed)
+    A, B = torch.randn(2, K, D, dtype=torch.float64)
+    distance = means.gram_distance(A @ A.T, B @ B.T)
+    assert 0 <= distance <= math.sqrt(2) + 1e-12  # neither has a negative eigenvalue
+    assert distance == pytest.approx(means.gram_distance(scale * B @ B.T, A @ A.T), rel=1e-9)
+    assert means.gram_distance(scale * A @ A.T, A @ A.T) == pytest.approx(0, abs=1e-12)
+    assert means.nc2_etf(A, centred=False) == pytest.approx(means.gram_distance(A @ A.T, simplex_gram(K)))
+    assert means.gram_distance(torch.eye(K), torch.eye(K).double()) == 0  # the target takes the dtype of the first
+    with pytest.raises(ValueError, match="rows are zero"): means.gram_distance(0 * A @ A.T, B @ B.T)
+    with pytest.raises(ValueError, match="rows are zero"): means.gram_distance(A @ A.T, 0 * B @ B.T)
+
+
+@FEW
+@given(st.integers(2, 6), st.integers(1, 20), st.integers(0, 10**6))
+def test_logit_margin(K, N, seed):
+    torch.manual_seed(seed)
+    logits, y = torch.randn(3, N, K), torch.randint(K, (N,))
+    found = nearest_centre.logit_margin(logits, y)
+    assert found.shape == (3, N)
+    for s in range(3):
+        for i in range(N):
+            row = logits[s, i].tolist()
+            assert found[s, i].item() == pytest.approx(row[y[i]] - max(v for k, v in enumerate(row) if k != y[i]))
+    with pytest.raises(ValueError, match="expected integers 0.."): nearest_centre.logit_margin(logits, y + K)
+    with pytest.raises(ValueError, match="one a sample"): nearest_centre.logit_margin(logits[:, :-1], y)
+    with pytest.raises(ValueError, match="K >= 2"): nearest_centre.logit_margin(logits[..., :1], y * 0)
+
+
+@FEW
+@given(st.integers(2, 4), st.integers(1, 4), st.integers(0, 10**6), st.sampled_from([(1, 0), (1e-4, 1e3), (1e4, -7)]))
+def test_what_a_linear_classifier_labels_is_separable(K, D, seed, scale_and_shift):
+    torch.manual_seed(seed)
+    (scale, shift), W = scale_and_shift, torch.randn(K, D, dtype=torch.float64)
+    H = torch.randn(30, D, dtype=torch.float64)
+    scores = H @ W.T
+    sure = scores.topk(2, 1).values.diff(dim=1).abs().flatten() > 1e-2
+    H, y = H[sure], scores.argmax(1)[sure]
+    if len(y.unique()) < 2: return
+    assert nearest_centre.linearly_separable(scale * H + shift, y)
+    doubled = torch.cat([H, H[:1]]), torch.cat([y, (y[:1] + 1) % K])  # one sample, once with another label
+    assert not nearest_centre.linearly_separable(scale * doubled[0] + shift, doubled[1])
+
+
+def test_separability_of_known_sets():
+    ring = torch.tensor([[math.cos(a), math.sin(a)] for a in range(12)])
+    inside = torch.cat([ring, 0.1 * ring])
+    assert not nearest_centre.linearly_separable(inside, torch.arange(24) // 12)
+    assert nearest_centre.linearly_separable(torch.cat([inside, inside.norm(dim=1, keepdim=True)], 1), torch.arange(24) // 12)
+    assert nearest_centre.linearly_separable(ring, torch.arange(12))  # corners of a convex polygon, one class each
+    with pytest.raises(ValueError, match="two classes"): nearest_centre.linearly_separable(ring, torch.zeros(12).long())
+    with pytest.raises(ValueError, match="11 labels"): nearest_centre.linearly_separable(ring, torch.arange(11))

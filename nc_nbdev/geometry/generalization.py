@@ -92,16 +92,14 @@ def _improve(X, K, init, starts, seed):
         part = torch.as_tensor(lloyd.fit(X.cpu().numpy()).labels_, dtype=torch.int64, device=X.device)
     return _partition(X, part, K)[2].mean().item()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #5966f458
+# %% ../../nbs/geometry/80_generalization.ipynb #a87135f0
 def weak_lower_bound(
     H: Tensor | ClassStatistics,  # (N, D) test features, or statistics of them that kept the covariance
     num_points: int,  # K
 ) -> float:  # <= the optimum of min over K points of mean_i min_k |h_i - m_k|^2
-    "Total variance less its K-1 largest principal parts (Zha et al. 2001). ValueError on no covariance, or bad features."
-    if isinstance(H, ClassStatistics): variances = torch.linalg.eigvalsh(H.total_covariance()).flip(0)  # (D,) descending
-    else:
-        X = _centred(H)  # (N, min(N, D))
-        variances = torch.linalg.svdvals(X).square() / len(X)
+    "Total variance less its K-1 largest principal parts (Zha et al. 2001). ValueError without covariance, or on NaN."
+    if isinstance(H, ClassStatistics): variances = torch.linalg.eigvalsh(H.total_covariance()).flip(0)  # (D,)
+    else: variances = torch.linalg.svdvals(_centred(H)).square() / len(H)  # both from the largest to the smallest
     return variances[num_points - 1 :].clamp(min=0).sum().item()
 
 # %% ../../nbs/geometry/80_generalization.ipynb #fd5e369c
@@ -119,8 +117,8 @@ def test_collapse_from_statistics(
     test_sum = test.class_scatter.sum().item()
     try: lower = min(weak_lower_bound(test, test.num_classes), test_sum / N_test) / between
     except ValueError: lower = None  # no covariance was kept, or not this one
-    return TestCollapse(train=train.class_scatter.sum().item() / N / between, weak=None, test=test_sum / N_test / between,
-                        strong=(test_sum + drift_sum) / N_test / between, weak_lower=lower)
+    return TestCollapse(train=train.class_scatter.sum().item() / N / between, weak=None, weak_lower=lower,
+                        test=test_sum / N_test / between, strong=(test_sum + drift_sum) / N_test / between)
 
 test_collapse_from_statistics.__test__ = False  # a function of this library, not a test of pytest's
 

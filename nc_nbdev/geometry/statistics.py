@@ -228,14 +228,14 @@ def from_features(
     if within == "full" and not one_pass: self._features = [_Features(H, y)]
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #0d23797f
+# %% ../../nbs/geometry/10_statistics.ipynb #5f1afeff
 class _Features:
     "A reference to features H (N, D) and labels y (N,) in memory."
 
     def __init__(self, H, y): self.H, self.y, self.versions = H, y, [_version(H), _version(y)]
 
     def residuals(self, means, weights) -> Iterator[Tensor]:
-        "Pieces sqrt(w_y) (h - mu_y), (B, D) each. Raises ValueError if the features were written to since they were read."
+        "Pieces sqrt(w_y) (h - mu_y), (B, D) each. Raises ValueError if the features were written to in between."
         if self.versions != [_version(self.H), _version(self.y)]:
             raise ValueError("the features were changed in place after from_features read them: pass a clone()")
         for x, c in _chunks(self.H.to(means.device), self.y.to(means.device), len(means)):
@@ -244,6 +244,21 @@ class _Features:
             yield x
 
 def _version(t): return None if t.is_inference() else t._version  # how often it was written to
+
+# %% ../../nbs/geometry/10_statistics.ipynb #f054e390
+@patch
+def _signature(self: ClassStatistics) -> dict:
+    "What two statistics must share to be merged."
+    counts = None if self.class_counts is None else self.class_counts.tolist()
+    return {"num_classes": self.num_classes, "dim": self.dim, "within": self.within, "class_counts": counts}
+
+def _check_alike(signatures):
+    "ValueError naming the first difference between statistics that should be merged."
+    for other in signatures[1:]:
+        for name, value in signatures[0].items():
+            if other[name] != value:
+                raise ValueError(f"cannot merge statistics with {name}={value} and {name}={other[name]}: "
+                                 "make them alike")
 
 # %% ../../nbs/geometry/10_statistics.ipynb #eba9e0cc
 @patch
@@ -279,21 +294,6 @@ def _merge(self: ClassStatistics, other):
     if self._scatter is None: return
     self._scatter += other.scatter.to(self.device)
     _add_gram(self._scatter, delta * (gain * self._kept_weights()).sqrt()[:, None])
-
-# %% ../../nbs/geometry/10_statistics.ipynb #f054e390
-@patch
-def _signature(self: ClassStatistics) -> dict:
-    "What two statistics must share to be merged."
-    counts = None if self.class_counts is None else self.class_counts.tolist()
-    return {"num_classes": self.num_classes, "dim": self.dim, "within": self.within, "class_counts": counts}
-
-def _check_alike(signatures):
-    "ValueError naming the first difference between statistics that should be merged."
-    for other in signatures[1:]:
-        for name, value in signatures[0].items():
-            if other[name] != value:
-                raise ValueError(f"cannot merge statistics with {name}={value} and {name}={other[name]}: "
-                                 "make them alike")
 
 # %% ../../nbs/geometry/10_statistics.ipynb #beb6a8c3
 @patch
@@ -423,8 +423,8 @@ def _weighted_scatter(self: ClassStatistics, weights, name) -> Tensor:  # (D, D)
     scale = (weights / self._kept_weights())[self.counts > 0]  # what is missing for each class
     if torch.allclose(scale, scale[:1], rtol=1e-12, atol=0): return self.scatter * scale[0].item()
     if self.class_counts is None:
-        raise ValueError("classes differ in size, and a stream's scatter cannot be re-weighted by class: give the sizes "
-                         "as class_counts= before the first batch, use weighting='sample', or from_features")
+        raise ValueError("classes differ in size, and a stream's scatter cannot be re-weighted by class: give the "
+                         "sizes as class_counts= before the first batch, use weighting='sample', or from_features")
     raise ValueError(f"the scatter was weighted for class_counts={self.class_counts.tolist()}, the classes now have "
                      f"{self.counts.tolist()} samples: use weighting='class' once all samples have been read")
 
@@ -438,10 +438,10 @@ def between_covariance(
     M = self.centred_means(weighting)
     return M.T @ M / self.num_classes
 
-# %% ../../nbs/geometry/10_statistics.ipynb #6335c8b9
+# %% ../../nbs/geometry/10_statistics.ipynb #9d9f0fee
 @patch
 def total_covariance(self: ClassStatistics) -> Tensor:  # (D, D) float64
-    "Covariance of all samples about their mean, whatever their class. Raises ValueError as within_covariance('sample') does."
+    "Covariance of all samples about their mean, whatever their class. Raises ValueError as `within_covariance` does."
     share = self.counts / self.counts.sum().double()  # (K,)
     M = (self.means - share @ self.means) * share.sqrt()[:, None]  # (K, D)
     return self._weighted_scatter(1 / self.counts.sum().double().expand(len(share)), "sample") + M.T @ M
