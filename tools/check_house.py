@@ -20,7 +20,7 @@ from statistics import median
 import pandas as pd
 import yaml
 
-from nc_nbdev.rooms import package_imports, upward_arrows
+from nc_nbdev.rooms import ROOMS, package_imports, upward_arrows
 
 LIMIT, EXPORT = 120, re.compile(r"^#\|\s*export", flags=re.M)
 SHARED = {"CLAIMS"}   # what every study has
@@ -82,8 +82,8 @@ def row(parts):
 
 def table(found):
     "Rooms with their notebooks, from {notebook's path in nbs/: measurements}."
-    rooms, rows = list(dict.fromkeys(Path(f).parent.as_posix() for f in found)), {}
-    for room in rooms:
+    folders, rows = {Path(f).parent.as_posix() for f in found}, {}
+    for room in sorted(folders, key=[*ROOMS, "."].index):
         inside = {f: m for f, m in found.items() if Path(f).parent.as_posix() == room}
         rows[room if room != "." else "top"] = row(list(inside.values()))
         rows |= {f"  {Path(f).stem}": row([m]) for f, m in inside.items()}
