@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['clean_loader', 'undisturbed', 'CollapseRecorder']
 
-# %% ../../nbs/lab/30_recorder.ipynb #3d07bba7
+# %% ../../nbs/lab/30_recorder.ipynb #52205747
 import random
 from contextlib import contextmanager, nullcontext
 
@@ -18,7 +18,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from .history import COLUMNS, curves
+from .history import COLUMNS
 from .report import measure
 from .settings import log_epochs
 
@@ -46,7 +46,7 @@ def undisturbed():
 
 # %% ../../nbs/lab/30_recorder.ipynb #69abc9b8
 class CollapseRecorder(Callback):
-    "Measure neural collapse during training; `history` has one row a number. Raises `ValueError` for unknown layers or epochs."
+    "Measure collapse during training, in `history` a row a number. Raises `ValueError` for unknown layers or epochs."
     order = 60   # after fastai's own Recorder
     def __init__(
         self,
@@ -101,7 +101,8 @@ def _measure(self: CollapseRecorder, epoch):
     with undisturbed(), _as_validation(self.train_loader):
         report = measure(self.model, self.train_loader, self.test_loaders, **self.options)
     self.rows += [self.columns | {"epoch": epoch} | row for row in report.frame.to_dict("records")]
-    self.status = f"NC1 {report.measures['train'][report.layers[-1]].nc1_trace:.3g}"
+    nc1 = report.measures["train"][report.layers[-1]].nc1_trace
+    self.status = "" if nc1 is None else f"NC1 {nc1:.3g}"
     bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
     if bar is not None: bar.main_bar.comment = self.status
 
@@ -118,13 +119,12 @@ def plot(
     ax: plt.Axes | None = None,  # where to draw, default the current axes
 ) -> plt.Axes:                   # with a line a layer and split
     "A measure of every layer over epochs, train solid and test dashed. Raises `ValueError` for an unknown measure."
-    ax, rows = ax or plt.gca(), self.history.query("measure == @name")
-    if rows.empty: curves(self.history, name)     # raises, with what there is
-    layers = list(rows.layer.unique())
-    for split, layer in rows[["split", "layer"]].drop_duplicates().itertuples(index=False):
-        if split not in ("train", "test"): continue
-        curves(self.history, name, split, layer).mean(axis=1).plot(
-            ax=ax, label=f"{layer}, {split}", color=f"C{layers.index(layer) % 6}", ls="-" if split == "train" else "--")
+    rows = self.history.query("measure == @name and split in ('train', 'test')")
+    if rows.empty: raise ValueError(f"no {name!r} in the history; there are {sorted(self.history.measure.unique())}")
+    ax, layers = ax or plt.gca(), list(rows.layer.unique())
+    for (layer, split), curve in rows.groupby(["layer", "split"], sort=False):
+        ax.plot(curve.epoch, curve.value, "-" if split == "train" else "--", color=f"C{layers.index(layer) % 6}",
+                label=f"{layer}, {split}")
     ax.set_xscale("symlog", linthresh=1)
     ax.set(yscale="log", xlabel="epoch", ylabel=name)
     ax.legend(fontsize=8, ncols=2)

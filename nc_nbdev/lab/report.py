@@ -7,7 +7,8 @@ Every measure of collapse for any network and any loader (`measure`, `CollapseRe
 # %% auto #0
 __all__ = ['Collected', 'collect', 'CollapseReport', 'compare_splits', 'measure']
 
-# %% ../../nbs/lab/25_report.ipynb #8caea922
+# %% ../../nbs/lab/25_report.ipynb #9b2bc0bf
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
 from .taps import check_layers, head_name, head_of, tap_layers, tapped_batches, unwrap
 
-# %% ../../nbs/lab/25_report.ipynb #f169a902
+# %% ../../nbs/lab/25_report.ipynb #0c6f2ace
 @dataclass(frozen=True)
 class Collected:
     "What one pass over a split leaves behind."
@@ -40,10 +41,8 @@ class Collected:
         "Share of labels predicted; None without predictions."
         return None if self.predictions is None else (self.predictions == self.labels).double().mean().item()
 
-# %% ../../nbs/lab/25_report.ipynb #d4588e89
-def _within(H):
-    "The scatter to keep for features (B, D): beyond 4096 of them a (D, D) matrix in float64 takes over 128 MB a layer."
-    return "full" if H.shape[1] <= 4096 else "trace"
+# %% ../../nbs/lab/25_report.ipynb #8cb10274
+def _within(H): return "full" if H.shape[1] <= 4096 else "trace"    # (D, D) in float64: 128 MB a layer
 
 def _update(stats, layer, H, y, num_classes, class_counts):
     "Add a batch (B, D) to the statistics of a layer."
@@ -53,14 +52,14 @@ def _update(stats, layer, H, y, num_classes, class_counts):
         stats[layer] = ClassStatistics(num_classes, H.shape[1], _within(H), counts, device)
     stats[layer].update(H, y)
 
-# %% ../../nbs/lab/25_report.ipynb #0d4115a5
+# %% ../../nbs/lab/25_report.ipynb #947a31ce
 def _class_counts(dl, num_classes):
     "Samples a class if the loader knows them and they are unbalanced, else None: then no weights are needed."
     counts = getattr(dl, "class_counts", None)
     if counts is None or getattr(dl, "drop_last", False) or len(counts) != num_classes: return None
     return None if counts.min() in (0, counts.max()) else counts
 
-# %% ../../nbs/lab/25_report.ipynb #9eadc8fc
+# %% ../../nbs/lab/25_report.ipynb #ec31b63e
 def _head_input(model, head) -> tuple[str, ...]:
     "The tap on the input of the linear layer `head`, of the last one for \"auto\", or nothing."
     try: return (f"{head_name(model) if head == 'auto' else head}:input",) if head else ()
@@ -72,7 +71,7 @@ def _same(taps, layer, head=None):
     a, b = taps[layer], taps[head]
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
-# %% ../../nbs/lab/25_report.ipynb #dea6fd90
+# %% ../../nbs/lab/25_report.ipynb #4813c56a
 def collect(
     model: nn.Module,                # runs in evaluation mode and is left as it was
     dl: Iterable,                    # batches (x, y), y int64 (B,)
@@ -83,12 +82,11 @@ def collect(
     keep: Sequence[str] = (),                                # layers whose features are kept, on the model's device
     reference: Mapping[str, ClassStatistics] | None = None,  # train statistics by layer, for the nearest-centre rule
     class_counts: Tensor | None = None,                      # (K,) samples a class, default `dl.class_counts`
-    weighting: str = "class",                                # of the within-class covariance: by class or by sample
     head: str | None = "auto",                               # the linear layer whose input to find, default the last
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, head = check_layers(model, layers), reference or {}, _head_input(model, head)
-    if class_counts is None and weighting == "class": class_counts = _class_counts(dl, num_classes)
+    if class_counts is None: class_counts = _class_counts(dl, num_classes)
     stats, features, nearest, labels, predictions, heads = {}, {}, {}, [], [], layers
     with closing(tapped_batches(model, dl, tuple(dict.fromkeys([*layers, *head])), pool)) as batches:
         for taps, out, y in batches:
@@ -102,10 +100,11 @@ def collect(
             heads = [layer for layer in heads if _same(taps, layer, *head)]
     labels, predictions = torch.cat(labels), None if predictions[0] is None else torch.cat(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
-    for layer, H in features.items(): stats[layer] = ClassStatistics.from_features(H, labels, num_classes, _within(H))
+    for layer, H in features.items():
+        stats[layer] = ClassStatistics.from_features(H, labels, num_classes, _within(H), weighting="class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(heads))
 
-# %% ../../nbs/lab/25_report.ipynb #399bc406
+# %% ../../nbs/lab/25_report.ipynb #ea3b058f
 @dataclass(frozen=True, repr=False)
 class CollapseReport:
     "Collapse of every layer on every split. `frame` has it all; the dictionaries have the objects."
@@ -122,23 +121,24 @@ class CollapseReport:
         "By layer, of the (first) test split; empty without one."
         return next(iter(self.collapse.values()), {})
 
-# %% ../../nbs/lab/25_report.ipynb #1daf5556
+# %% ../../nbs/lab/25_report.ipynb #3c0ba70d
 def compare_splits(
     train: Collected,                               # the pass over the train set
     tests: Mapping[str, Collected],                 # by name, collected with the statistics of their reference
     *,
     head: tuple[Tensor, Tensor] | None = None,      # (W, b) of the layers in `train.head_layers`
     references: Mapping[str, str] | None = None,    # {test split: name of another}, default the train set
-    weighting: str = "class",                       # "class" or "sample"
 ) -> CollapseReport:
     "The report of passes already made. Raises `ValueError` for an empty class, naming the split, and an unknown split."
     splits, references, notes = {"train": train, **tests}, _references(tests, references), []
     heads = dict.fromkeys(train.head_layers, head)
-    measures = {name: _measure_split(name, split, splits[references.get(name, name)], heads, weighting)
-                for name, split in splits.items()}
-    collapse = {name: {} for name in references}
+    measures, collapse = {}, {name: {} for name in references}
+    for name, split in splits.items():
+        base = splits[references.get(name, name)]
+        try: measures[name] = {la: _measure_layer(split, la, base, heads.get(la)) for la in split.statistics}
+        except ValueError as e: raise ValueError(f"{name} set: {e}") from e
     for name, layer in ((n, la) for n in references for la in train.statistics):
-        try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer, weighting)
+        try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
         except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
     layers, accuracy = tuple(train.statistics), {name: split.accuracy for name, split in splits.items()}
     num_classes = train.statistics[layers[0]].num_classes
@@ -153,24 +153,20 @@ def _references(tests, references):
                          "other than 'train', and references that have no reference themselves")
     return {name: references.get(name, "train") for name in tests if name not in references.values()}
 
-# %% ../../nbs/lab/25_report.ipynb #5033977a
-def _compare(base, test, layer, weighting):
+# %% ../../nbs/lab/25_report.ipynb #cace328a
+def _compare(base, test, layer):
     "Train, weak, test and strong variance of one layer; weak only where the features of both were kept."
-    if layer not in base.features or layer not in test.features:
-        return test_collapse_from_statistics(base.statistics[layer], test.statistics[layer], weighting=weighting)
-    return test_collapse(base.features[layer], base.labels, test.features[layer], test.labels, weighting=weighting,
-                         num_classes=base.statistics[layer].num_classes)
+    stats = base.statistics[layer]
+    if not (layer in base.features and layer in test.features):
+        return test_collapse_from_statistics(stats, test.statistics[layer])
+    return test_collapse(base.features[layer], base.labels, test.features[layer], test.labels,
+                         num_classes=stats.num_classes)
 
-def _measure_split(name, split, base, heads, weighting):
-    "`CollapseMeasures` of every layer of a split."
-    try: return {la: _measure_layer(split, la, base.statistics[la], heads.get(la), weighting) for la in split.statistics}
-    except ValueError as e: raise ValueError(f"{name} set: {e}") from e
-
-def _measure_layer(split, layer, base, head, weighting):
+def _measure_layer(split, layer, base, head):
     "`CollapseMeasures` of one layer; NC4 where the nearest mean of each sample is known."
-    m = measure_collapse(split.statistics[layer], head, weighting=weighting)
+    m = measure_collapse(split.statistics[layer], head)
     H, nearest = split.features.get(layer), split.nearest.get(layer)
-    if nearest is None and H is not None: nearest = nearest_centre(H, base.means)
+    if nearest is None and H is not None: nearest = nearest_centre(H, base.statistics[layer].means)
     if nearest is None:
         missing = ("ncc_accuracy", "nc4_disagreement") if head else ("ncc_accuracy",)
         return replace(m, reasons=m.reasons | dict.fromkeys(missing, "needs the features: measure(..., keep=...)"))
@@ -179,30 +175,25 @@ def _measure_layer(split, layer, base, head, weighting):
     if decision is not None: found["nc4_disagreement"] = (nearest != decision).double().mean().item()
     return replace(m, **found, reasons={k: v for k, v in m.reasons.items() if k not in found})
 
-# %% ../../nbs/lab/25_report.ipynb #65d43c7a
+# %% ../../nbs/lab/25_report.ipynb #f40d3076
+_variances = {"train": "train_variance", "weak": "weak_test_variance", "weak_lower": "weak_lower_variance",
+              "test": "test_variance", "strong": "strong_test_variance"}
+
 @patch(as_prop=True)
 def frame(self: CollapseReport) -> pd.DataFrame:
     "One row a number: split, layer, measure, value. The accuracy of the network has the layer \"output\"."
-    rows = []
+    rows, variances = [], defaultdict(dict)
+    for test, layer in ((test, layer) for test, by_layer in self.collapse.items() for layer in by_layer):
+        for name, value in self.collapse[test][layer].to_dict().items():      # the train variance is of the reference
+            variances[self.references[test] if name == "train" else test, layer][_variances[name]] = value
     for split, by_layer in self.measures.items():
-        if self.accuracy[split] is not None: rows.append((split, "output", "accuracy", self.accuracy[split]))
+        rows.append((split, "output", "accuracy", self.accuracy[split]))
         for layer, m in by_layer.items():
-            values = m.to_dict() | self._variances(split, layer)
-            rows += [(split, layer, name, float(value)) for name, value in values.items() if value is not None]
-    return pd.DataFrame(rows, columns=["split", "layer", "measure", "value"])
+            rows += [(split, layer, *item) for item in (m.to_dict() | variances[split, layer]).items()]
+    rows = [row for row in rows if row[-1] is not None]
+    return pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]).astype({"value": float})
 
-@patch
-def _variances(self: CollapseReport, split, layer):
-    "The variances of Hui, Belkin and Nakkiran: the train variance with the split compared with, the others with theirs."
-    bases = [self.collapse[test][layer].train for test, base in self.references.items()
-             if base == split and layer in self.collapse[test]]
-    own = self.collapse.get(split, {}).get(layer)
-    names = {"weak": "weak_test_variance", "weak_lower": "weak_lower_variance", "test": "test_variance",
-             "strong": "strong_test_variance"}
-    values = {} if own is None else {names[k]: value for k, value in own.to_dict().items() if k in names}
-    return ({"train_variance": bases[0]} if bases else {}) | values
-
-# %% ../../nbs/lab/25_report.ipynb #02c44879
+# %% ../../nbs/lab/25_report.ipynb #94271105
 @patch
 def table(self: CollapseReport) -> pd.DataFrame:
     "All measures as rows, splits and layers as columns, in order of depth."
@@ -213,26 +204,28 @@ def table(self: CollapseReport) -> pd.DataFrame:
 
 _shown = {"nc1_trace": "NC1", "nc2_etf": "NC2", "nc3_duality": "NC3", "nc4_disagreement": "NC4", "ncc_accuracy": "NCC",
           "train_variance": "train", "weak_test_variance": "weak", "test_variance": "test",
-          "strong_test_variance": "strong", "accuracy": "accuracy"}
+          "strong_test_variance": "strong"}
 
 def _compact(report):
-    "The measures that matter most as columns, splits and layers as rows, and what the columns are."
-    wide = report.table().T
-    columns = [name for name in _shown if name in wide]
-    key = ", ".join(f"{_shown[n]} is {n}" for n in columns if _shown[n] != n)
-    return wide[columns].rename(columns=_shown).rename_axis(index=[None, None], columns=None), f"{key}. All: table()."
+    "The measures that matter most as columns, splits and layers as rows, and the sentences below."
+    table = report.table().T.drop(index="output", level=1, errors="ignore").rename_axis([None, None])
+    shown = [name for name in _shown if name in table]
+    accuracy = ", ".join(f"{split} {value:.4g}" for split, value in report.accuracy.items() if value is not None)
+    columns = ", ".join(f"{_shown[name]} is {name}" for name in shown)
+    notes = ([f"Accuracy: {accuracy}."] if accuracy else []) + [f"{columns}; all measures: table()."]
+    return table[shown].rename(columns=_shown).rename_axis(None, axis=1), [*notes, *report.notes]
 
 @patch
 def _repr_html_(self: CollapseReport) -> str:
-    table, key = _compact(self)
-    return table.to_html(float_format="{:.3g}".format, na_rep="") + "".join(f"<p>{n}</p>" for n in (key, *self.notes))
+    table, notes = _compact(self)
+    return table.to_html(float_format="{:.3g}".format, na_rep="") + "".join(f"<p>{note}</p>" for note in notes)
 
 @patch
 def __repr__(self: CollapseReport) -> str:
-    table, key = _compact(self)
-    return "\n".join([table.to_string(float_format="{:.3g}".format, na_rep=""), key, *self.notes])
+    table, notes = _compact(self)
+    return "\n".join([table.to_string(float_format="{:.3g}".format, na_rep=""), *notes])
 
-# %% ../../nbs/lab/25_report.ipynb #acfef6be
+# %% ../../nbs/lab/25_report.ipynb #d7babf4b
 def _find_head(model, head, num_classes):
     "(W, b) or None, the name of its layer or None, K, and what is to be said about it or None."
     without = "No NC3, and no NC4 of the classifier: {}.".format
@@ -249,7 +242,7 @@ def _find_head(model, head, num_classes):
     guess = f"head guessed: {name}, the last of {', '.join(others)}; another is asked for by head=\"name\"."
     return (W, b), name, len(W), guess if head == "auto" and len(others) > 1 else None
 
-# %% ../../nbs/lab/25_report.ipynb #22f205df
+# %% ../../nbs/lab/25_report.ipynb #a3e3398c
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
     train_dl: Iterable,                                 # batches (x, y), y int64 (B,); not augmented
@@ -261,7 +254,6 @@ def measure(
     pool: str | Callable[[Tensor], Tensor] = "avg",     # as in `pool_features`
     keep: str | Sequence[str] = "last",                 # features kept in memory: "last", "all", "none", names
     references: Mapping[str, str] | None = None,        # {test split: the one it is compared with}, default "train"
-    weighting: str = "class",                           # classes count equally ("class") or by their samples ("sample")
     class_counts: Tensor | None = None,                 # (K,) train samples a class, default `train_dl.class_counts`
 ) -> CollapseReport:
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
@@ -270,19 +262,18 @@ def measure(
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
     tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
     bases, given = _references(tests, references), layers[-1:] if Wb and not name else ()
-    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=name, weighting=weighting,
+    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=name,
                   keep={*_kept(layers, keep), *given})
     passes = {"train": run(train_dl, class_counts=class_counts)} | {n: run(tests[n]) for n in tests if n not in bases}
     passes |= {n: run(tests[n], reference=passes[base].statistics) for n, base in bases.items()}
     train = replace(passes["train"], head_layers=given or passes["train"].head_layers)
     if name and not train.head_layers: note = f"No NC3: none of the layers is the input of {name}; add '{name}:input'."
-    report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references, weighting=weighting)
+    report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references)
     return replace(report, notes=(*([note] if note else ()), *report.notes))
 
 def _kept(layers, keep):
     "The layers that `keep` means."
     words = {"last": layers[-1:], "all": layers, "none": ()}
     kept = words.get(keep, (keep,)) if isinstance(keep, str) else keep
-    unknown = sorted(set(kept) - set(layers))
-    if unknown: raise ValueError(f"keep: {unknown}, expected 'last', 'all', 'none' or some of {layers}")
-    return kept
+    if set(kept) <= set(layers): return kept
+    raise ValueError(f"keep={keep!r}: expected 'last', 'all', 'none' or some of {layers}")

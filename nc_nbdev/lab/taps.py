@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/lab/20_taps.ipynb #e474d23f
+# %% ../../nbs/lab/20_taps.ipynb #529a391e
 def unwrap(
     model: nn.Module,  # possibly inside DataParallel, DistributedDataParallel or torch.compile
 ) -> nn.Module:        # the network as it was written
@@ -47,7 +47,7 @@ def check_layers(
         raise ValueError(f"layers {layers}: expected one or more, each once")
     return layers
 
-# %% ../../nbs/lab/20_taps.ipynb #3e64dee5
+# %% ../../nbs/lab/20_taps.ipynb #2a3be0f4
 def head_name(
     model: nn.Module,                # any network, possibly inside wrappers
     num_classes: int | None = None,  # K: a layer with K outputs is preferred
@@ -61,7 +61,7 @@ def head_name(
                          "give the classifier (W, b)")
     return ([n for n, m in heads if len(m.weight) == num_classes] or [n for n, _ in heads])[-1]
 
-# %% ../../nbs/lab/20_taps.ipynb #93225c51
+# %% ../../nbs/lab/20_taps.ipynb #98161522
 def head_of(
     model: nn.Module,         # any network, possibly inside wrappers
     name: str | None = None,  # of its layer, default `head_name(model)`
@@ -74,7 +74,7 @@ def head_of(
     W = layer.weight.detach().flatten(1).clone()   # (K, D), of a convolution (K, D, 1, 1)
     return W, W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().clone()
 
-# %% ../../nbs/lab/20_taps.ipynb #64a2d999
+# %% ../../nbs/lab/20_taps.ipynb #6f42876c
 def tap_layers(
     model: nn.Module,  # any network with a linear layer, possibly inside wrappers
 ) -> tuple[str, ...]:  # names in order of depth, the last one gives the input of the classifier
@@ -97,7 +97,7 @@ def _parts(name, module):
         if type(child).forward is nn.Module.forward: yield from _parts(inside, child)   # a list, which is never called
         elif any(True for _ in child.parameters()): yield inside, child
 
-# %% ../../nbs/lab/20_taps.ipynb #eb48b7e3
+# %% ../../nbs/lab/20_taps.ipynb #75184ac5
 def _before(head, name, module):
     "The parts before the head; of a part that holds the head, its parts before the head."
     for inside, child in _parts(name, module):
@@ -112,10 +112,12 @@ def _matrices(parts):
 def _blocks(parts):
     "The parts that have parts; inside a single one, or one of many equal blocks, those."
     blocks = [(n, m) for n, m in parts if any(_parts(n, m))]
-    if len(blocks) in (2, 3):
-        half = sum(_size(m) for _, m in blocks) / 2
-        return [found for n, m in blocks for found in (_equal_blocks(n, m) if _size(m) > half else ()) or [(n, m)]]
-    if len(blocks) != 1: return blocks
+    if len(blocks) != 1:
+        sizes = [sum(map(torch.Size.numel, _shapes(m))) for _, m in blocks]
+        i = max(range(len(blocks)), key=sizes.__getitem__, default=0)
+        inner = list(_parts(*blocks[i])) if 1 < len(blocks) < 4 and 2 * sizes[i] > sum(sizes) else []
+        equal = len(inner) > 3 and len({_shapes(m) for _, m in inner}) == 1
+        return blocks[:i] + inner + blocks[i + 1:] if equal else blocks
     (name, block), = blocks
     inner = _blocks(list(_parts(name, block)))
     if not inner and isinstance(block, nn.Sequential):
@@ -123,12 +125,7 @@ def _blocks(parts):
         inner = pools or _matrices(_parts(name, block))
     return inner if len(inner) > 1 else blocks
 
-def _size(module): return sum(p.numel() for p in module.parameters())
-
-def _equal_blocks(name, block):
-    "The parts of a block if they are more than three of the same shapes, else nothing."
-    inner = list(_parts(name, block))
-    return inner if len(inner) > 3 and len({tuple(p.shape for p in m.parameters()) for _, m in inner}) == 1 else []
+def _shapes(module): return tuple(p.shape for p in module.parameters())
 
 # %% ../../nbs/lab/20_taps.ipynb #320ffc5d
 def pool_features(
