@@ -14,12 +14,10 @@ from torch import Tensor
 # %% ../../nbs/geometry/00_etf.ipynb #10e0b0ff
 def simplex_gram(
     num_classes: int,  # K, at least 2
-    dtype: torch.dtype = torch.float64,  # floating point type of the result
-    device: str | torch.device = "cpu",  # where the result lives
-) -> Tensor:  # (K, K), symmetric, Frobenius norm 1
+) -> Tensor:  # (K, K) float64, symmetric, Frobenius norm 1
     "Gram matrix of a simplex ETF, (I - 11^T/K) / sqrt(K-1) (Zhu et al. 2021, 2105.02375). Raises ValueError if K < 2."
     K = _check_classes(num_classes)
-    centring = torch.eye(K, dtype=dtype, device=device) - 1 / K  # I - 11^T/K
+    centring = torch.eye(K, dtype=torch.float64) - 1 / K  # I - 11^T/K
     return centring / (K - 1) ** 0.5
 
 # %% ../../nbs/geometry/00_etf.ipynb #a27e578f
@@ -44,7 +42,6 @@ def simplex_etf(
     *,
     seed: int | None = None,  # None: the first K-1 axes; a number: a random orientation, the same for the same seed
     dtype: torch.dtype = torch.float64,  # floating point type of the result
-    device: str | torch.device = "cpu",  # where the result lives
 ) -> Tensor:  # (K, D): unit rows that sum to zero, each pair at cosine -1/(K-1)
     "K unit vectors that form a simplex ETF (Papyan, Han, Donoho 2020, 2008.08186). Raises ValueError if D < K-1."
     K = _check_classes(num_classes)
@@ -54,7 +51,7 @@ def simplex_etf(
     M = torch.zeros(K, D, dtype=torch.float64)
     M[:, : K - 1] = _helmert(K) * (K / (K - 1)) ** 0.5
     if seed is not None: M = M @ _random_rotation(D, seed)
-    return M.to(dtype=dtype, device=device)
+    return M.to(dtype)
 
 # %% ../../nbs/geometry/00_etf.ipynb #947b5ac2
 def _random_rotation(D: int, seed: int) -> Tensor:  # (D, D) orthogonal

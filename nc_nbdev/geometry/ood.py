@@ -21,21 +21,15 @@ def nc5_ood(
     *,
     centred: bool = True,  # angles seen from mu_G; False: from the origin, as Ammar et al. write it
 ) -> float:  # 0 (orthogonal to every class mean) to 1
-    "Mean |cosine| of class means and OOD mean (Ammar et al. 2023, 2310.06823). Raises ValueError on a mean of length 0."
+    "Mean |cosine| of class means and OOD mean (Ammar et al. 2023, 2310.06823). Raises ValueError without a direction."
     mu = class_rows(source, centred=False)  # (K, D)
-    v = _mean_feature(ood, mu)  # (D,) mu_OOD
+    ood, D = as_tensor(ood, "ood").to(mu.device), mu.shape[1]
+    if ood.ndim not in (1, 2) or ood.shape[-1] != D or len(ood) == 0:
+        raise ValueError(f"ood has shape {tuple(ood.shape)}: expected (N, {D}) features, or their mean, ({D},)")
+    if not ood.isfinite().all(): raise ValueError("ood holds NaN or infinity: expected finite numbers")
+    v = torch.atleast_2d(ood).mean(0, dtype=torch.float64)  # (D,) mu_OOD
     if centred: v = v - mu.mean(0)
     if v.norm() <= ROUNDING * mu.norm(dim=1).max():  # so short a difference is a rounding error
         raise ValueError("the out-of-distribution mean coincides with the global mean (or the origin): "
                          "it has no direction")
     return (unit_rows(class_rows(mu, centred=centred)) @ (v / v.norm())).abs().mean().item()
-
-# %% ../../nbs/geometry/60_ood.ipynb #29d16965
-def _mean_feature(ood, means):
-    "The mean of ood, (D,) float64. Raises ValueError on a wrong shape, no samples, or NaN."
-    ood = as_tensor(ood, "ood").to(means.device)
-    if ood.ndim not in (1, 2) or ood.shape[-1] != means.shape[1] or len(ood) == 0:
-        D = means.shape[1]
-        raise ValueError(f"ood has shape {tuple(ood.shape)}: expected (N, {D}) features, or their mean, ({D},)")
-    if not ood.isfinite().all(): raise ValueError("ood holds NaN or infinity: expected finite numbers")
-    return torch.atleast_2d(ood).mean(0, dtype=torch.float64)

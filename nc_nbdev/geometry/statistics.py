@@ -228,7 +228,7 @@ def from_features(
     if within == "full" and not one_pass: self._features = [_Features(H, y)]
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #5f1afeff
+# %% ../../nbs/geometry/10_statistics.ipynb #09633375
 class _Features:
     "A reference to features H (N, D) and labels y (N,) in memory."
 
@@ -311,18 +311,13 @@ def all_reduce(
     _check_alike(signatures)
     self._keep_scatter()
     total = ClassStatistics(self.num_classes, self.dim, self.within, self.class_counts, self.device)
-    for rank in ranks: total._merge(self._broadcast(rank, group))
+    for rank in ranks:
+        state = self if dist.get_rank() == rank else self._copy()
+        for t in (state.counts, state.means, state.class_scatter, state._scatter):
+            if t is not None: dist.broadcast(t, src=rank, group=group)
+        total._merge(state)
     vars(self).update(vars(total))
     return self
-
-# %% ../../nbs/geometry/10_statistics.ipynb #82fd1f6e
-@patch
-def _broadcast(self: ClassStatistics, rank, group) -> ClassStatistics:
-    "The state of the process of this rank."
-    state = self if dist.get_rank() == rank else self._copy()
-    for t in (state.counts, state.means, state.class_scatter, state._scatter):
-        if t is not None: dist.broadcast(t, src=rank, group=group)
-    return state
 
 # %% ../../nbs/geometry/10_statistics.ipynb #21d26310
 @patch
@@ -438,7 +433,7 @@ def between_covariance(
     M = self.centred_means(weighting)
     return M.T @ M / self.num_classes
 
-# %% ../../nbs/geometry/10_statistics.ipynb #9d9f0fee
+# %% ../../nbs/geometry/10_statistics.ipynb #e539647f
 @patch
 def total_covariance(self: ClassStatistics) -> Tensor:  # (D, D) float64
     "Covariance of all samples about their mean, whatever their class. Raises ValueError as `within_covariance` does."

@@ -31,16 +31,16 @@ def _between_trace(stats, weighting) -> float:
     return trace
 
 # %% ../../nbs/geometry/20_variability.ipynb #378f3248
-def _between_factors(stats, weighting, rtol) -> tuple[Tensor, Tensor]:  # s (r,), V (D, r)
+_EPS = torch.finfo(torch.float64).eps  # 2.2e-16
+
+def _between_factors(stats, weighting) -> tuple[Tensor, Tensor]:  # s (r,), V (D, r)
     "Sigma_B = V diag(s^2) V^T with r = rank(Sigma_B)."
     _between_trace(stats, weighting)  # refuses means that coincide
-    rtol = max(stats.means.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
-
     def factors():
         _, s, Vt = torch.linalg.svd(stats.centred_means(weighting) / stats.num_classes**0.5, full_matrices=False)
-        r = min(int((s > rtol * s[0]).sum()), stats.num_classes - 1)
+        r = min(int((s > max(stats.means.shape) * _EPS * s[0]).sum()), stats.num_classes - 1)
         return s[:r], Vt[:r].T
-    return stats._cached(("between", weighting, rtol), factors)
+    return stats._cached(("between", weighting), factors)
 
 # %% ../../nbs/geometry/20_variability.ipynb #1a4fa4e0
 def nc1_pinv(
@@ -48,10 +48,9 @@ def nc1_pinv(
     weighting: str = "class",  # classes count equally ("class") or by their number of samples ("sample")
     *,
     divide_by_K: bool = True,  # True as in Papyan, Han, Donoho; False is the plain trace
-    rtol: float | None = None,  # singular values of M below rtol times the largest are 0; None: max(K, D) * 2.2e-16
 ) -> float:  # 0 at collapse
     "tr(Sigma_W Sigma_B^+) / K (Papyan et al. 2020, 2008.08186). ValueError without Sigma_W, or if all means coincide."
-    s, V = _between_factors(stats, weighting, rtol)
+    s, V = _between_factors(stats, weighting)
     trace = (stats.within_along(V, weighting) / s.square()).sum().item()
     return trace / stats.num_classes if divide_by_K else trace
 
@@ -86,32 +85,29 @@ def _distances(rows, columns, start, rounding) -> Tensor:  # (T, C); infinite un
 def vci(
     stats: ClassStatistics,  # of the features, from_features or within="full"; every class must have samples
     weighting: str = "class",  # classes count equally ("class") or by their number of samples ("sample")
-    *,
-    rtol: float | None = None,  # relative cut-off of ranks, for Sigma_B as in nc1_pinv; None: max(K, D) * 2.2e-16
 ) -> float:  # 0 at collapse, 1 when classes cannot be told apart linearly
     "Variability collapse index (Xu, Liu 2023, 2306.03440). ValueError without Sigma_W, or if all means coincide."
-    s, V = _between_factors(stats, weighting, rtol)
+    s, V = _between_factors(stats, weighting)
     Sigma_W = stats.within_covariance(weighting)  # (D, D)
-    L = _cholesky(Sigma_W, rtol)
-    if L is None: return _vci_singular(Sigma_W, s, V, rtol)
+    L = _cholesky(Sigma_W)
+    if L is None: return _vci_singular(Sigma_W, s, V)
     lambdas = torch.linalg.svdvals(torch.linalg.solve_triangular(L, V * s, upper=False)).square()  # (r,)
     return (1 / (1 + lambdas)).mean().item()
 
 # %% ../../nbs/geometry/20_variability.ipynb #46003c27
-def _cholesky(Sigma_W, rtol) -> Tensor | None:
+def _cholesky(Sigma_W) -> Tensor | None:
     "The lower Cholesky factor, or None if Sigma_W is singular to working precision."
     L, failed = torch.linalg.cholesky_ex(Sigma_W)
     pivots = L.diagonal().square()
-    singular = 10 * (rtol or len(L) * torch.finfo(L.dtype).eps)
-    return None if failed or pivots.min() <= singular * pivots.max() else L
+    return None if failed or pivots.min() <= 10 * len(L) * _EPS * pivots.max() else L
 
 # %% ../../nbs/geometry/20_variability.ipynb #8576b90b
-def _vci_singular(Sigma_W, s, V, rtol) -> float:
+def _vci_singular(Sigma_W, s, V) -> float:
     "vci when Sigma_W has no inverse, by the pseudo-inverse of its part outside the span of the class means."
     C = V.T @ Sigma_W - (V.T @ Sigma_W @ V) @ V.T  # (r, D)
     E = Sigma_W - V @ (V.T @ Sigma_W) - C.T @ V.T  # (D, D), P Sigma_W P
     values, vectors = torch.linalg.eigh((E + E.T) / 2)
-    keep = values > (rtol or len(E) * torch.finfo(E.dtype).eps) * Sigma_W.norm()
+    keep = values > len(E) * _EPS * Sigma_W.norm()
     explained = C @ vectors[:, keep] / values[keep].sqrt()  # (r, rank E)
     R = V.T @ Sigma_W @ V - explained @ explained.T  # (r, r)
     rho = torch.linalg.eigvalsh((R + R.T) / 2 / (s[:, None] * s)).clamp(min=0)
