@@ -175,7 +175,7 @@ def at(
     model = cls(problem, starts=len(H) if H.ndim == 3 else None, anchor=anchor)
     with torch.no_grad():
         for part, value in zip((model.H, *model.weights), (H, *weights), strict=True): part.copy_(value)
-        model.b.copy_(torch.as_tensor(b))
+        model.b.copy_(torch.as_tensor(b, dtype=torch.float64))
     return model
 
 
