@@ -92,7 +92,7 @@ def _improve(X, K, init, starts, seed):
         part = torch.as_tensor(lloyd.fit(X.cpu().numpy()).labels_, dtype=torch.int64, device=X.device)
     return _partition(X, part, K)[2].mean().item()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #a87135f0
+# %% ../../nbs/geometry/80_generalization.ipynb #c231aee1
 def weak_lower_bound(
     H: Tensor | ClassStatistics,  # (N, D) test features, or statistics of them that kept the covariance
     num_points: int,  # K

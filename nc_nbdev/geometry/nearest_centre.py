@@ -53,7 +53,7 @@ def _rule(
     coarse = [(rows.float(), t.float())] if torch.get_float32_matmul_precision() == "highest" else []
     return lambda h: decide(h, [*coarse, (rows, t)])
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #89f69301
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #0029a470
 def _nearest_rule(means: Tensor) -> Callable[[Tensor], Tensor]:  # of (K, D) float64
     "argmin_c |h - mu_c|, as a rule."
     centre = means.mean(0)
@@ -107,12 +107,12 @@ def classifier_decision(
     W = as_rows(W, "W")
     return _answers(H, W, _classifier_rule(W, as_bias(b, W)))[0]
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #a70474a5
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #968ae4e8
 def _classifier_rule(W: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:  # of (K, D) and (K,), float64
     "argmax_c (W h + b)_c, as a rule."
     return _rule(W - W.mean(0), b - b.mean(), W.new_zeros(W.shape[1]), lambda h: (h.double() @ W.T + b).argmax(1))
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #09e615d7
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #314af046
 def both_decisions(
     H: Tensor,  # (N, D) features
     W: Tensor,  # (K, D) classifier
@@ -149,7 +149,7 @@ def ncc_accuracy(
     nearest = nearest_centre(H, means)
     return (nearest == _as_labels(y, len(nearest), len(means)).to(nearest)).double().mean().item()
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #d072f6d4
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #bed346f5
 def _as_labels(y, N, K) -> Tensor:  # (N,) int64
     "The labels. Raises ValueError on another shape, or on anything but integers 0..K-1."
     y = as_tensor(y, "labels")
@@ -159,7 +159,7 @@ def _as_labels(y, N, K) -> Tensor:  # (N,) int64
         raise ValueError(f"labels are {y.dtype} from {low} to {high}: expected integers 0..{K - 1}")
     return y.long()
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #e32112f0
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #5200009f
 def logit_margin(
     logits: Tensor,  # (..., N, K) scores, any number of classifiers at once
     y: Tensor,  # (N,) integer labels
@@ -171,7 +171,7 @@ def logit_margin(
     own = one_hot(_as_labels(y, *logits.shape[-2:]).to(logits.device), logits.shape[-1]).bool()  # (N, K)
     return logits[..., own] - logits.masked_fill(own, -torch.inf).amax(-1)
 
-# %% ../../nbs/geometry/50_nearest_centre.ipynb #b2e15705
+# %% ../../nbs/geometry/50_nearest_centre.ipynb #fc3da405
 def linearly_separable(
     H: Tensor,  # (N, D) features
     y: Tensor,  # (N,) integer labels; two classes or more

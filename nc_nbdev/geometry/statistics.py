@@ -33,10 +33,10 @@ class ClassStatistics:
         self.num_classes, self.dim, self.within = _check_sizes(num_classes, dim, within)
         self.class_counts = None
         if class_counts is not None: self.class_counts = _check_class_counts(class_counts, num_classes, within, device)
-        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self.means = torch.zeros(num_classes, dim, dtype=torch.float64, device=device)
-        self.class_scatter = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self._scatter = self.means.new_zeros(dim, dim) if within == "full" else None  # its lower tiles
+        self.counts = torch.zeros(self.num_classes, dtype=torch.int64, device=device)
+        self.means = torch.zeros(self.num_classes, self.dim, dtype=torch.float64, device=device)
+        self.class_scatter = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
+        self._scatter = self.means.new_zeros(self.dim, self.dim) if within == "full" else None  # its lower tiles
         self._features = []  # of from_features
         self._cache = {}  # results that the next update makes invalid
 
@@ -90,60 +90,6 @@ def _check_sizes(num_classes, dim, within):
         raise ValueError(f"within is {within!r}: expected 'trace' (no D x D matrix) or 'full' (for nc1_pinv and vci)")
     return index(num_classes), index(dim), within
 
-# %% ../../nbs/geometry/10_statistics.ipynb #f5bbfe60
-def as_tensor(
-    values: Tensor,  # a tensor, an array, or a list of numbers
-    name: str,  # what to call them in an error
-) -> Tensor:  # plain and detached; an array's memory is shared, not copied
-    "The values as a tensor. Raises ValueError on what is no set of numbers."
-    if not isinstance(values, Tensor) and hasattr(values, "__array__"):
-        values = np.require(values, requirements=["C", "W"])  # PyTorch knows no negative strides or read-only memory
-    try: return torch.as_tensor(values).detach().as_subclass(Tensor)
-    except (TypeError, ValueError, RuntimeError) as error:
-        seen = "None" if values is None else f"a {type(values).__name__}"
-        raise ValueError(f"{name} is {seen}: expected a tensor, or an array of numbers ({error})") from error
-
-# %% ../../nbs/geometry/10_statistics.ipynb #f3bbce65
-def _check_batch(H, y, K, D, device):
-    "Features and labels as plain tensors on the device, or a ValueError that says what was seen."
-    H, y = as_tensor(H, "H (features)"), as_tensor(y, "y (labels)")
-    if H.ndim != 2 or (D is not None and H.shape[1] != D):
-        want = "(B, D)" if D is None else f"(B, {D})"
-        raise ValueError(f"features have shape {tuple(H.shape)}: expected {want}; pool over space and flatten(1) first")
-    if not H.is_floating_point():
-        raise ValueError(f"features are {H.dtype}: expected a floating point dtype; convert with H.float()")
-    if y.ndim != 1 or len(y) != len(H):
-        raise ValueError(f"labels have shape {tuple(y.shape)}, features {tuple(H.shape)}: expected one label a row")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels are {y.dtype}: expected integers 0..{K - 1}; convert with y.long()")
-    H, y = H.to(device), y.to(device, torch.int64)
-    if len(y) and (y.min() < 0 or y.max() >= K):
-        raise ValueError(f"labels run from {y.min()} to {y.max()}: expected 0..{K - 1}; check num_classes")
-    if not H.sum().isfinite() and (bad := (~H.isfinite()).any(1)).any():  # finite float16 may have an infinite sum
-        raise ValueError(f"{int(bad.sum())} of {len(H)} feature rows hold NaN or infinity, the first is row "
-                         f"{int(bad.nonzero()[0])}: did the training diverge?")
-    return H, y
-
-# %% ../../nbs/geometry/10_statistics.ipynb #b2a0883d
-def _check_class_counts(class_counts, K, within, device):
-    "The expected counts as (K,) int64, or a ValueError."
-    if within != "full":
-        raise ValueError("class_counts weight the (D, D) scatter, and within='trace' keeps none: use within='full'")
-    class_counts = as_tensor(class_counts, "class_counts").to(device)
-    if class_counts.shape != (K,) or class_counts.is_floating_point() or not (class_counts > 0).all():
-        raise ValueError(f"class_counts is {class_counts}: expected {K} positive whole numbers, one for each class")
-    return class_counts.to(torch.int64)
-
-# %% ../../nbs/geometry/10_statistics.ipynb #6e82541c
-def _chunks(H: Tensor, y: Tensor, K: int) -> Iterator[tuple[Tensor, Tensor]]:
-    "Pieces of a batch: float64 copies (never views of the caller's tensor) and their labels."
-    rows = max(H.shape[1] // 4, 2 * K, 2**15 // H.shape[1])
-    for h, c in zip(H.split(rows), y.split(rows), strict=True): yield h.to(torch.float64, copy=True), c
-
-def _subtract(x: Tensor, rows: Tensor, index: Tensor, part: int = 64):
-    "x -= rows[index] in place."
-    for a, c in zip(x.split(part), index.split(part), strict=True): a -= rows.index_select(0, c)
-
 # %% ../../nbs/geometry/10_statistics.ipynb #23abc0d3
 @patch
 @torch.no_grad()
@@ -177,6 +123,50 @@ def _add_chunk(self: ClassStatistics, x, y):
     if self.class_counts is not None: x *= self._kept_weights()[y].sqrt()[:, None]
     _add_gram(self._scatter, x)
 
+# %% ../../nbs/geometry/10_statistics.ipynb #6e82541c
+def _chunks(H: Tensor, y: Tensor, K: int) -> Iterator[tuple[Tensor, Tensor]]:
+    "Pieces of a batch: float64 copies (never views of the caller's tensor) and their labels."
+    rows = max(H.shape[1] // 4, 2 * K, 2**15 // H.shape[1])
+    for h, c in zip(H.split(rows), y.split(rows), strict=True): yield h.to(torch.float64, copy=True), c
+
+def _subtract(x: Tensor, rows: Tensor, index: Tensor, part: int = 64):
+    "x -= rows[index] in place."
+    for a, c in zip(x.split(part), index.split(part), strict=True): a -= rows.index_select(0, c)
+
+# %% ../../nbs/geometry/10_statistics.ipynb #f3bbce65
+def _check_batch(H, y, K, D, device):
+    "Features and labels as plain tensors on the device, or a ValueError that says what was seen."
+    H, y = as_tensor(H, "H (features)"), as_tensor(y, "y (labels)")
+    if H.ndim != 2 or (D is not None and H.shape[1] != D):
+        want = "(B, D)" if D is None else f"(B, {D})"
+        raise ValueError(f"features have shape {tuple(H.shape)}: expected {want}; pool over space and flatten(1) first")
+    if not H.is_floating_point():
+        raise ValueError(f"features are {H.dtype}: expected a floating point dtype; convert with H.float()")
+    if y.ndim != 1 or len(y) != len(H):
+        raise ValueError(f"labels have shape {tuple(y.shape)}, features {tuple(H.shape)}: expected one label a row")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"labels are {y.dtype}: expected integers 0..{K - 1}; convert with y.long()")
+    H, y = H.to(device), y.to(device, torch.int64)
+    if len(y) and (y.min() < 0 or y.max() >= K):
+        raise ValueError(f"labels run from {y.min()} to {y.max()}: expected 0..{K - 1}; check num_classes")
+    if not H.sum().isfinite() and (bad := (~H.isfinite()).any(1)).any():  # finite float16 may have an infinite sum
+        raise ValueError(f"{int(bad.sum())} of {len(H)} feature rows hold NaN or infinity, the first is row "
+                         f"{int(bad.nonzero()[0])}: did the training diverge?")
+    return H, y
+
+# %% ../../nbs/geometry/10_statistics.ipynb #f5bbfe60
+def as_tensor(
+    values: Tensor,  # a tensor, an array, or a list of numbers
+    name: str,  # what to call them in an error
+) -> Tensor:  # plain and detached; an array's memory is shared, not copied
+    "The values as a tensor. Raises ValueError on what is no set of numbers."
+    if not isinstance(values, Tensor) and hasattr(values, "__array__"):
+        values = np.require(values, requirements=["C", "W"])  # PyTorch knows no negative strides or read-only memory
+    try: return torch.as_tensor(values).detach().as_subclass(Tensor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        seen = "None" if values is None else f"a {type(values).__name__}"
+        raise ValueError(f"{name} is {seen}: expected a tensor, or an array of numbers ({error})") from error
+
 # %% ../../nbs/geometry/10_statistics.ipynb #a01537ea
 def _add_gram(S: Tensor, X: Tensor, tile: int = 96):
     "S += X^T X, tiles on and below the diagonal only; S (D, D), X (B, D)."
@@ -199,6 +189,16 @@ def scatter(self: ClassStatistics) -> Tensor | None:
     "(D, D) sum of the classes' scatter, each weighted by 1/class_counts if those were given; None with within='trace'."
     if self._features: return self._cached("scatter", lambda: self._scatter_of_features(self._kept_weights()))
     return None if self._scatter is None else _mirror(self._scatter)
+
+# %% ../../nbs/geometry/10_statistics.ipynb #b2a0883d
+def _check_class_counts(class_counts, K, within, device):
+    "The expected counts as (K,) int64, or a ValueError."
+    if within != "full":
+        raise ValueError("class_counts weight the (D, D) scatter, and within='trace' keeps none: use within='full'")
+    class_counts = as_tensor(class_counts, "class_counts").to(device)
+    if class_counts.shape != (K,) or class_counts.is_floating_point() or not (class_counts > 0).all():
+        raise ValueError(f"class_counts is {class_counts}: expected {K} positive whole numbers, one for each class")
+    return class_counts.to(torch.int64)
 
 # %% ../../nbs/geometry/10_statistics.ipynb #17d88fae
 @patch(cls_method=True)
@@ -223,12 +223,12 @@ def from_features(
     one_pass = within == "full" and weighting is not None
     sizes = y.bincount(minlength=K).clamp(min=1) if one_pass and weighting == "class" else None
     self = cls(K, H.shape[1], within if one_pass else "trace", sizes, device)
-    for x, c in _chunks(H, y, K): self._add_chunk(x.to(device), c.to(device))
+    for x, c in _chunks(H.to(device), y.to(device), K): self._add_chunk(x, c)
     self.within = within
     if within == "full" and not one_pass: self._features = [_Features(H, y)]
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #09633375
+# %% ../../nbs/geometry/10_statistics.ipynb #6f7d5074
 class _Features:
     "A reference to features H (N, D) and labels y (N,) in memory."
 
@@ -433,7 +433,7 @@ def between_covariance(
     M = self.centred_means(weighting)
     return M.T @ M / self.num_classes
 
-# %% ../../nbs/geometry/10_statistics.ipynb #e539647f
+# %% ../../nbs/geometry/10_statistics.ipynb #6a744b20
 @patch
 def total_covariance(self: ClassStatistics) -> Tensor:  # (D, D) float64
     "Covariance of all samples about their mean, whatever their class. Raises ValueError as `within_covariance` does."
