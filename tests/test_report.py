@@ -1,0 +1,384 @@
+"Measuring a network in one pass over a split, and the recorder that does so while it is trained."
+import copy
+
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from small_net import Net, all_by_hand, few_digits, hooks, loaders, trained_net
+from torch import nn
+
+from nc_nbdev.geometry.generalization import test_collapse as direct_collapse
+from nc_nbdev.geometry.measures import measure_features
+from nc_nbdev.geometry.statistics import ClassStatistics
+from nc_nbdev.lab.history import COLUMNS, curves
+from nc_nbdev.lab.recorder import CollapseRecorder, clean_loader, undisturbed
+from nc_nbdev.lab.report import CollapseReport, collect, compare_splits, measure
+from nc_nbdev.lab.taps import head_of, layer_features, tap_layers
+
+
+@pytest.fixture(scope="module")
+def data(): return few_digits()
+
+
+@pytest.fixture(scope="module")
+def net(data): return trained_net(data)
+
+
+# -- the network and the loader ------------------------------------------------------------------------------------
+
+def test_network_is_left_as_it_was(net, data):
+    model = copy.deepcopy(net).train()
+    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    measure(model, *loaders(data))
+    wrong = [(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 10]))]
+    with pytest.raises(ValueError): measure(model, wrong, num_classes=10)
+    assert [m.training for m in model.modules()] == modes and hooks(model) == 0
+    for name, value in model.state_dict().items(): assert torch.equal(value, state[name]), name
+
+
+def test_network_in_half_precision(net, data):
+    model, dl = copy.deepcopy(net).bfloat16(), loaders(data)[0]
+    half, full = (measure(m, dl, layers="pool").measures["train"]["pool"] for m in (model, net))
+    assert half.nc1_trace == pytest.approx(full.nc1_trace, rel=0.05)
+    double = measure(copy.deepcopy(net).double(), dl, layers="pool").measures["train"]["pool"]
+    assert double.nc1_trace == pytest.approx(full.nc1_trace, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_networks(net, data, wrap):
+    dl = loaders(data)[0]
+    assert measure(wrap(net), dl).frame.equals(measure(net, dl).frame)
+
+
+def test_no_batches(net):
+    with pytest.raises(ValueError, match="no batches"): collect(net, [], "pool", 10)
+
+
+# -- collecting --------------------------------------------------------------------------------------------------
+
+def test_collect_against_features_in_memory(net, data):
+    clean, test = loaders(data, 37)
+    train = collect(net, clean, tap_layers(net), 10, keep=("stage1",))
+    H, H_test = all_by_hand(net, clean), all_by_hand(net, test)
+    for layer, stats in train.statistics.items():
+        direct = ClassStatistics.from_features(H[layer], data.y, num_classes=10)
+        assert torch.equal(stats.counts, direct.counts)
+        assert torch.allclose(stats.means, direct.means, atol=1e-6)
+        assert torch.allclose(stats.class_scatter, direct.class_scatter, rtol=1e-5)
+    assert list(train.features) == ["stage1"] and torch.allclose(train.features["stage1"], H["stage1"], atol=1e-6)
+    assert train.head_layers == ("pool",)
+    model = copy.deepcopy(net).eval()
+    with torch.no_grad(): predicted = torch.cat([model(x) for x, _ in clean]).argmax(1)
+    assert torch.equal(train.predictions, predicted) and train.accuracy == (predicted == data.y).double().mean().item()
+    found = collect(net, test, tap_layers(net), 10, reference=train.statistics)
+    for layer in tap_layers(net):
+        nearest = torch.cdist(H_test[layer].double(), train.statistics[layer].means).argmin(1)
+        assert torch.equal(found.nearest[layer], nearest)
+
+
+def test_head_is_found_by_its_input_not_by_its_dimension(data):
+    hidden = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)]
+    model, dl = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10)), loaders(data)[0]
+    layers = ("1", "2", "3", "4:input")
+    assert collect(model, dl, layers, 10).head_layers == ("3", "4:input")
+    m = measure(model, dl, layers=layers).measures["train"]
+    assert m["2"].nc3_duality is None and "head" in m["2"].reasons["nc3_duality"] and m["3"].nc3_duality is not None
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------
+
+def close(found, expected):
+    for name, value in expected.items():
+        if value is None: assert found[name] is None, name
+        else: assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("batch_size", [37, 512])
+def test_measure_against_the_direct_computation(net, data, batch_size):
+    clean, test = loaders(data, batch_size)
+    report = measure(net, clean, test, keep="all")
+    H, H_test = all_by_hand(net, clean), all_by_hand(net, test)
+    for layer in tap_layers(net):
+        head = (net.head.weight.detach(), net.head.bias.detach()) if layer == "pool" else None
+        reference = ClassStatistics.from_features(H[layer], data.y, num_classes=10)
+        options = dict(num_classes=10, head=head, reference=reference)
+        for split, features, y in (("train", H, data.y), ("test", H_test, data.test_y)):
+            direct = measure_features(features[layer], y, **options)
+            close(report.measures[split][layer].to_dict(), direct.to_dict())
+        direct = direct_collapse(H[layer], data.y, H_test[layer], data.test_y)
+        close(report.test_collapse[layer].to_dict(), direct.to_dict())
+
+
+def test_keeping_features_changes_what_can_be_had(net, data):
+    clean, test = loaders(data)
+    last, none = measure(net, clean, test), measure(net, clean, test, keep="none")
+    stem = last.measures["train"]["stem"]
+    assert stem.ncc_accuracy is None and "keep" in stem.reasons["ncc_accuracy"]
+    assert last.measures["train"]["pool"].ncc_accuracy is not None and last.test_collapse["pool"].weak is not None
+    assert none.measures["train"]["pool"].ncc_accuracy is None and none.test_collapse["pool"].weak is None
+    for layer in tap_layers(net):
+        a, b = last.measures["test"][layer].to_dict(), none.measures["test"][layer].to_dict()
+        close(a, b)                                                              # the test set needs nothing kept
+    assert last.test_collapse["pool"].weak <= last.test_collapse["pool"].test <= last.test_collapse["pool"].strong
+    with pytest.raises(ValueError, match="keep='some'"): measure(net, clean, keep="some")
+
+
+def test_unbalanced_classes(net, data):
+    some = torch.cat([(data.y == c).nonzero().flatten()[:30 - 2 * c] for c in range(10)])
+    dl = type(loaders(data)[0])(data.x[some], data.y[some], 64)
+    H, y = layer_features(net, dl, "pool")
+    direct = measure_features(H["pool"], y, num_classes=10).to_dict()
+    for keep in ("last", "none"):
+        found = measure(net, dl, layers="pool", keep=keep).measures["train"]["pool"].to_dict()
+        for name in ("nc1_trace", "nc1_pinv", "cdnv", "vci", "nc2_etf"):
+            assert found[name] == pytest.approx(direct[name], rel=1e-5), (name, keep)
+    plain = list(dl)                                             # a loader that does not know its labels
+    stream = measure(net, plain, layers="pool", keep="none").measures["train"]["pool"]
+    assert stream.nc1_pinv is None and "class_counts" in stream.reasons["nc1_pinv"]
+    for arguments in (dict(keep="last"), dict(keep="none", class_counts=y.bincount(minlength=10))):
+        found = measure(net, plain, layers="pool", **arguments).measures["train"]["pool"]
+        assert found.nc1_pinv == pytest.approx(direct["nc1_pinv"], rel=1e-5)
+
+
+def test_report(net, data):
+    clean, test = loaders(data)
+    report = measure(net, clean, {"test": test, "seen": clean})
+    frame = report.frame
+    assert isinstance(report, CollapseReport) and list(frame.columns) == ["split", "layer", "measure", "value"]
+    assert not frame.duplicated(["split", "layer", "measure"]).any() and frame.value.notna().all()
+    assert set(frame.split) == {"train", "test", "seen"} and set(frame.layer) == {"output", *tap_layers(net)}
+    value = frame.set_index(["split", "layer", "measure"]).value
+    assert value["test", "output", "accuracy"] == report.accuracy["test"]
+    found = report.test_collapse["pool"]
+    assert value["train", "pool", "train_variance"] == found.train
+    assert value["test", "pool", "strong_test_variance"] == found.strong
+    lower, weak = value["test", "pool", "weak_lower_variance"], value["test", "pool", "weak_test_variance"]
+    assert (lower, weak) == (found.weak_lower, found.weak) and 0 < lower <= weak
+    assert value["seen", "pool", "strong_test_variance"] == pytest.approx(value["train", "pool", "train_variance"])
+    assert report.test_collapse is report.collapse["test"]
+    assert report.table().loc["nc1_trace", ("test", "stem")] == value["test", "stem", "nc1_trace"]
+    assert measure(net, clean).test_collapse == {}
+
+
+def test_a_report_fits_a_page(net, data):
+    "What is shown has few columns, a row for each layer of each split, and the notes."
+    report = measure(net, *loaders(data))
+    head, *rows = report._repr_html_().split("</tr>")[:-1]
+    assert len(rows) == 2 * len(report.layers) and head.count("<th") <= 12
+    assert "nc1_trace" in repr(report) and max(map(len, repr(report).splitlines()[:-2])) < 100
+    assert f"train {report.accuracy['train']:.4g}" in repr(report)
+    assert "no classifier was asked for" in repr(measure(net, loaders(data)[0], head=None, num_classes=10))
+
+
+def test_a_part_of_the_train_set_against_the_rest(net, data):
+    "The statistics of the reference are its own: the other splits and the train set do not enter."
+    clean, test = loaders(data)
+    part = torch.arange(300) % 3 == 0
+    rest, seen = (type(clean)(data.x[which], data.y[which]) for which in (~part, part))
+    report = measure(net, clean, {"seen": seen, "test": test, "rest": rest}, keep="all", references={"seen": "rest"})
+    H = all_by_hand(net, clean)
+    for layer in tap_layers(net):
+        direct = direct_collapse(H[layer][~part], data.y[~part], H[layer][part], data.y[part])
+        close(report.collapse["seen"][layer].to_dict(), direct.to_dict())
+        value = report.frame.set_index(["split", "layer", "measure"]).value.xs(layer, level="layer")
+        assert value["rest", "train_variance"] == pytest.approx(direct.train, rel=1e-4)
+        assert value["seen", "strong_test_variance"] == pytest.approx(direct.strong, rel=1e-4)
+        reference = ClassStatistics.from_features(H[layer][~part], data.y[~part], num_classes=10)
+        near = measure_features(H[layer][part], data.y[part], num_classes=10, reference=reference).ncc_accuracy
+        assert report.measures["seen"][layer].ncc_accuracy == pytest.approx(near)
+    assert "rest" not in report.collapse and report.references == {"seen": "rest", "test": "train"}
+    plain = measure(net, clean, test, keep="all").frame
+    both = report.frame[report.frame.split.isin(("train", "test"))].reset_index(drop=True)
+    pd.testing.assert_frame_equal(both, plain)                                    # nothing else has changed
+
+
+@pytest.mark.parametrize("references", [{"seen": "rset"}, {"sene": "rest"}, {"seen": "rest", "rest": "train"},
+                                        {"train": "rest"}, {"seen": "seen"}])
+def test_unknown_references(net, data, references):
+    clean, test = loaders(data)
+    tests = {"seen": clean, "rest": test}
+    with pytest.raises(ValueError, match="expected names"): measure(net, clean, tests, references=references)
+    with pytest.raises(ValueError, match="other than 'train'"): measure(net, clean, {"train": test})
+
+
+def test_passes_made_by_oneself(net, data):
+    clean, test = loaders(data)
+    train = collect(net, clean, tap_layers(net), 10, keep=("pool",))
+    unseen = collect(net, test, tap_layers(net), 10, keep=("pool",), reference=train.statistics)
+    report = compare_splits(train, {"test": unseen}, head=head_of(net))
+    pd.testing.assert_frame_equal(report.frame, measure(net, clean, test).frame)
+
+
+def test_heads_of_all_kinds(net, data):
+    dl = loaders(data)[0]
+    W, b = net.head.weight.detach(), net.head.bias.detach()
+    auto = measure(net, dl).measures["train"]["pool"]
+    close(measure(net, dl, head="head").measures["train"]["pool"].to_dict(), auto.to_dict())
+    close(measure(net, dl, head=(W, b)).measures["train"]["pool"].to_dict(), auto.to_dict())
+    close(measure(net, dl, head=(W, b), keep="none").measures["train"]["pool"].to_dict(), auto.to_dict())
+    other = measure(net, dl, head=(W.flip(0), b)).measures["train"]["pool"]
+    assert other.nc3_duality != pytest.approx(auto.nc3_duality) and other.nc1_trace == auto.nc1_trace
+    without = measure(net, dl, head=None, num_classes=10)
+    assert without.measures["train"]["pool"].nc3_duality is None and without.notes
+    elsewhere = measure(net, dl, layers=("stem", "stage2"))
+    assert "head:input" in elsewhere.notes[0]
+    with pytest.raises(ValueError, match="num_classes is needed"): measure(net, dl, head=None)
+    with pytest.raises(ValueError, match="expected nn.Linear"): measure(net, dl, head="stem")
+    with pytest.raises(ValueError, match="did you mean head"): measure(net, dl, head="haed")
+    more = measure(net, [(x, y % 5) for x, y in dl], num_classes=5)      # a head for more classes than there are
+    assert more.accuracy["train"] is None and "10 outputs, there are 5 classes" in more.notes[0]
+    assert more.measures["train"]["pool"].nc1_trace > 0
+
+
+def test_network_without_a_linear_layer(data):
+    model, dl = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 10, 6), nn.Flatten()), loaders(data)[0]
+    report = measure(model, dl, layers=("0", "3"), num_classes=10)
+    assert "no nn.Linear" in report.notes[0] and report.accuracy["train"] is not None
+    assert report.measures["train"]["0"].nc1_trace > 0
+    with pytest.raises(ValueError, match="num_classes is needed"): measure(model, dl, layers="0")
+
+
+@pytest.mark.parametrize("change", [lambda y: y + 1, lambda y: -y, lambda y: y.float(), lambda y: y[:, None],
+                                    lambda y: y[:-1]])
+def test_bad_labels(net, data, change):
+    with pytest.raises(ValueError, match="labels"): measure(net, [(x, change(y)) for x, y in loaders(data)[0]])
+
+
+def test_empty_class_names_the_split(net, data):
+    clean, test = loaders(data)
+    few = [(x[y != 3], y[y != 3]) for x, y in test]
+    with pytest.raises(ValueError, match="train set: .*no samples"): measure(net, few, test)
+    with pytest.raises(ValueError, match="test set: .*no samples"): measure(net, clean, few)
+
+
+def test_diverged_network(net, data):
+    model = copy.deepcopy(net)
+    with torch.no_grad(): model.stage2[0].conv1.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"): measure(model, loaders(data)[0])
+
+
+def test_several_classifiers_are_named(data):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.first, self.second = nn.Linear(64, 16), nn.Linear(16, 10), nn.Linear(16, 10)
+        def forward(self, x):
+            x = self.body(x.flatten(1))
+            return self.second(x), self.first(x)
+    dl, model = loaders(data)[0], Two()
+    note, = measure(model, dl, layers="body").notes
+    assert note.startswith("head guessed: second, the last of first, second;")
+    chosen = measure(model, dl, layers="body", head="first")
+    assert chosen.notes == () and chosen.measures["train"]["body"].nc3_duality is not None
+
+
+def test_classifier_that_is_a_convolution(data):
+    model = torchvision.models.squeezenet1_1(num_classes=10)
+    dl = [(nn.functional.interpolate(x, 32).expand(-1, 3, -1, -1), y) for x, y in loaders(data)[1]]
+    m = measure(model, dl).measures["train"]["classifier.1:input"]
+    assert m.dim == 512 and m.nc3_duality is not None and m.nc4_disagreement is not None
+
+
+def test_transformer_and_flattened_features(data):
+    torch.manual_seed(0)
+    sizes = dict(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
+    model = torchvision.models.VisionTransformer(**sizes, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)   # torchvision starts it at zero: no angle
+    dl = [(x.expand(-1, 3, -1, -1), y) for x, y in loaders(data)[0]]
+    layers = ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1", "heads.head:input")
+    report = measure(model, dl, layers=layers)
+    assert report.measures["train"][layers[-1]].nc3_duality is not None
+    assert report.measures["train"][layers[0]].dim == 16
+    token = layer_features(model, dl, "encoder.ln", pool=lambda t: t[:, 0])[0]["encoder.ln"]
+    assert torch.allclose(token, layer_features(model, dl, layers[-1])[0][layers[-1]], atol=1e-5)
+    flat = measure(model, dl, layers=layers[0], pool="flatten").measures["train"][layers[0]]
+    assert flat.dim == 5 * 16
+
+
+def test_fastai_loaders_and_tensors(net, data):
+    from fastai.data.core import DataLoaders
+    from fastai.torch_core import TensorCategory, TensorImage
+    clean, test = loaders(data)
+    dls = DataLoaders([(TensorImage(x), TensorCategory(y)) for x, y in clean], test)
+    assert measure(net, dls.train, dls.valid).frame.equals(measure(net, list(clean), test).frame)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measure_on_a_gpu(net, data):
+    model = copy.deepcopy(net)
+    cpu = measure(model, *loaders(data), keep="all").frame
+    gpu = measure(model.cuda(), *([(x.cuda(), y.cuda()) for x, y in dl] for dl in loaders(data)), keep="all").frame
+    mixed = measure(model, *loaders(data), keep="all").frame                 # batches on the CPU, network on the GPU
+    for other in (gpu, mixed): assert cpu.value.to_numpy() == pytest.approx(other.value.to_numpy(), rel=1e-2, abs=1e-3)
+
+
+# -- the recorder ------------------------------------------------------------------------------------------------------
+
+def learner(data, **arguments):
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    torch.manual_seed(0)
+    train, test = loaders(data, 64)
+    return Learner(DataLoaders(train, test), Net(), nn.CrossEntropyLoss(), lr=0.01, **arguments)
+
+
+def fit(learn, epochs):
+    with learn.no_logging(): learn.fit(epochs)
+    return learn
+
+
+def test_recorder_writes_the_tidy_table(data):
+    recorder = CollapseRecorder("pool", every=2, run="a", condition="cross-entropy", seed=7)
+    learn = fit(learner(data, cbs=recorder), 5)
+    history = recorder.history
+    assert tuple(history.columns) == COLUMNS and set(history.epoch) == {0, 2, 4, 5}
+    assert set(zip(history.run, history.condition, history.seed, strict=True)) == {("a", "cross-entropy", 7)}
+    assert not history.duplicated(["epoch", "split", "layer", "measure"]).any()
+    last = measure(learn.model, *loaders(data), layers="pool").frame.set_index(["split", "layer", "measure"]).value
+    found = history[history.epoch == 5].set_index(["split", "layer", "measure"]).value
+    assert found.to_dict() == pytest.approx(last.to_dict(), rel=1e-4, abs=1e-6)
+    assert list(curves(history, "nc1_trace", "test").columns) == [7]
+    assert len(recorder.plot("train_variance").lines) == 1
+    with pytest.raises(ValueError, match="no 'nc9' in the history"): recorder.plot("nc9")
+
+
+def test_recorder_compares_with_a_reference(data):
+    clean, test = loaders(data)
+    recorder = CollapseRecorder("pool", epochs=[1], test_dl={"seen": clean, "rest": test}, references={"seen": "rest"})
+    history = fit(learner(data, cbs=recorder), 2).collapse_recorder.history
+    assert set(history.epoch) == {1}
+    assert set(history[history.measure == "train_variance"].split) == {"rest"}
+    assert set(history[history.measure == "weak_lower_variance"].split) == {"seen"}
+
+
+def test_watching_changes_nothing(data):
+    watched, alone = fit(learner(data, cbs=CollapseRecorder()), 2), fit(learner(data), 2)
+    for p, q in zip(watched.model.parameters(), alone.model.parameters(), strict=True): assert torch.equal(p, q)
+
+
+def test_clean_loaders(data):
+    train, _ = loaders(data, 64)
+    train.augment, train.drop_last = "crop_flip", True
+    clean = clean_loader(train)
+    assert torch.equal(torch.cat([y for _, y in clean]), data.y)
+    assert clean.augment is None and train.augment == "crop_flip"
+    assert clean_loader(batches := [1, 2]) is batches
+
+
+def test_undisturbed():
+    import random
+
+    import numpy as np
+    torch_state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with pytest.raises(ZeroDivisionError), undisturbed():
+        torch.rand(3); random.random(); np.random.rand()
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python
+    assert (np.random.get_state()[1] == numpy).all()
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "linear"])
+def test_recorder_refuses(every):
+    with pytest.raises(ValueError, match="expected a positive integer or 'log'"): CollapseRecorder(every=every)
