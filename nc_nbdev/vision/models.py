@@ -65,8 +65,8 @@ class SmallResNet(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         inputs, names = width, ["stem"]
         for i, outputs in enumerate((width, 2 * width, 4 * width), 1):
-            blocks = [BasicBlock(inputs if j == 0 else outputs, outputs, 2 if i > 1 and j == 0 else 1) for j in range(depth)]
-            self.add_module(f"stage{i}", nn.Sequential(*blocks))
+            more = [BasicBlock(outputs, outputs) for _ in range(depth - 1)]
+            self.add_module(f"stage{i}", nn.Sequential(BasicBlock(inputs, outputs, 2 if i > 1 else 1), *more))
             inputs, names = outputs, [*names, *(f"stage{i}.{j}.relu1" for j in range(depth)), f"stage{i}"]
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(4 * width, num_classes)

@@ -7,7 +7,7 @@ What a training run on images is (`ImageRecipe`), the recipes of each scale (`PR
 # %% auto #0
 __all__ = ['PRESETS', 'ImageRecipe', 'Preset', 'image_grid', 'image_base', 'cost']
 
-# %% ../../nbs/vision/00_recipes.ipynb #284ebdb3
+# %% ../../nbs/vision/00_recipes.ipynb #079c18b8
 import difflib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from .loaders import TensorLoader, loaders
 from .sources import dataset_names, load_dataset
 from .training import make_learner, prepare_data
 
-# %% ../../nbs/vision/00_recipes.ipynb #2e38c786
+# %% ../../nbs/vision/00_recipes.ipynb #fd22b058
 @dataclass(frozen=True)
 class ImageRecipe:
     "What a training run on images is. Raises `ValueError` for a field outside its range."
     kind = "image"                        # of recipe, for the names of runs
     version = 1                           # changes when the same fields mean another run
-    references = {"seen": "rest"}         # `seen` is compared with the statistics of `rest`, test data with those of `train`
+    references = {"seen": "rest"}         # `seen` is compared with the statistics of `rest`, `test` with `train`
 
     dataset: str = "digits"               # a name `load_dataset` knows, or a folder of images
     classes: tuple[int, ...] = ()         # labels of the classes that are kept, default all
@@ -51,7 +51,7 @@ class ImageRecipe:
     augment: str | None = None            # None or "crop_flip"; measuring never augments
     precision: str = "float32"            # or "bf16": bfloat16 where it is safe, in training only
     memory_format: str = "channels_last"  # or "contiguous": how the weights of convolutions lie in memory
-    measure_points: int = 24              # epochs at which features are measured, on a log grid, first and last included
+    measure_points: int = 24              # epochs at which features are measured, on a log grid with both ends
     snapshots: int = 8                    # how many of those epochs keep the weights
     seed: int = 0                         # of everything random: weights, batches, and the data
 
@@ -78,11 +78,11 @@ class ImageRecipe:
         rest = torch.ones(len(train.labels), dtype=torch.bool).index_fill(0, seen, False).nonzero().flatten()
         return {"train": train, "test": test, "rest": train.part(rest), "seen": train.part(seen)}
 
-# %% ../../nbs/vision/00_recipes.ipynb #c11ba57b
+# %% ../../nbs/vision/00_recipes.ipynb #bb041281
 _choices = dict(loss=("cross_entropy", "mse"), schedule=("step", "cosine", "constant"), augment=(None, "crop_flip"),
                 precision=("float32", "bf16"), memory_format=("contiguous", "channels_last"))
 _at_least = dict(epochs=1, batch_size=2, lr=0, momentum=0, weight_decay=0, imbalance=1, label_noise=0, warmup=0,
-                 measure_points=2, snapshots=0, seed=0)
+                 measure_points=2, snapshots=0, seed=0, data_seed=0)
 
 def _check_recipe(recipe):
     "Raise `ValueError` for a field outside its range."
@@ -91,21 +91,21 @@ def _check_recipe(recipe):
         if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {allowed}")
     for name, least in _at_least.items():
         value = getattr(recipe, name)
-        if not value >= least: raise ValueError(f"{name}={value!r}: expected a number of at least {least}")
+        if value is not None and not value >= least: raise ValueError(f"{name}={value!r}: expected a number of at least {least}")
     for name in ("label_noise", "warmup"):
         value = getattr(recipe, name)
         if value > 1: raise ValueError(f"{name}={value}: expected a fraction between 0 and 1")
     if any(not 0 < m < 1 for m in recipe.milestones) or list(recipe.milestones) != sorted(recipe.milestones):
         raise ValueError(f"milestones={recipe.milestones}: expected increasing fractions of training between 0 and 1")
 
-# %% ../../nbs/vision/00_recipes.ipynb #e11f7974
+# %% ../../nbs/vision/00_recipes.ipynb #e9c2b9b9
 def _stratified(labels, size, generator):
     "Sorted indices of `size` random samples, of each class in proportion to its size."
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]                        # by class, random within a class
     return order[((torch.arange(size) + 0.5) * len(labels) / size).long()].sort().values
 
-# %% ../../nbs/vision/00_recipes.ipynb #dca7b66b
+# %% ../../nbs/vision/00_recipes.ipynb #bb353ca5
 @dataclass(frozen=True)
 class Preset:
     "A scale: the training runs that the studies start from."
@@ -113,7 +113,7 @@ class Preset:
     grid: tuple[ImageRecipe, ...]   # one recipe a data set, model and loss; the main one first
     note: str                       # what it costs
 
-# %% ../../nbs/vision/00_recipes.ipynb #fbc06e06
+# %% ../../nbs/vision/00_recipes.ipynb #87e3862b
 _laptop = ImageRecipe(epochs=160, train_per_class=200, test_per_class=200, batch_size=64)
 _workstation = ImageRecipe(model="resnet18", train_per_class=200, test_per_class=100, batch_size=64, epochs=60, lr=0.05,
                            weight_decay=1e-2, precision="bf16", measure_points=12)
@@ -132,7 +132,7 @@ PRESETS = {p.name: p for p in (
            "one to five hours a run on one GPU; start with --studies train_vs_test --datasets cifar10 mnist"),
 )}
 
-# %% ../../nbs/vision/00_recipes.ipynb #30fefd69
+# %% ../../nbs/vision/00_recipes.ipynb #0aa505c9
 def image_grid(
     settings: Settings,          # its `preset`, `datasets` and `overrides`
 ) -> tuple[ImageRecipe, ...]:    # in the order of `settings.datasets`, else of the preset
@@ -141,7 +141,8 @@ def image_grid(
     main = [r for r in grid if (r.dataset, r.model) == (grid[0].dataset, grid[0].model)]
     chosen = [] if settings.datasets else list(grid)
     for name in settings.datasets:
-        if not (name in dataset_names or name.startswith("templates-") or (folder / name).exists() or Path(name).exists()):
+        known = name in dataset_names or name.startswith("templates-")
+        if not (known or (folder / name).exists() or Path(name).exists()):
             close = difflib.get_close_matches(name, dataset_names, n=1)
             raise ValueError(f"datasets: {name!r} is unknown" + (f", did you mean {close[0]!r}?" if close else ".")
                              + f" Known are {', '.join(dataset_names)}, and folders of images in {folder}")
@@ -154,9 +155,10 @@ def image_base(
     "The main recipe that settings choose. Raises as `image_grid` does."
     return image_grid(settings)[0]
 
-# %% ../../nbs/vision/00_recipes.ipynb #32245b11
+# %% ../../nbs/vision/00_recipes.ipynb #bff34530
+# microseconds of a training step for an image of 32 pixels
 _microseconds = {"small_resnet": 1900, "mlp": 100, "resnet18": 34000, "resnet34": 80000, "resnet50": 110000,
-                 "densenet121": 60000, "vgg11_bn": 8000, "vgg16_bn": 16000, "vgg19_bn": 25000}   # a training step, 32 pixels
+                 "densenet121": 60000, "vgg11_bn": 8000, "vgg16_bn": 16000, "vgg19_bn": 25000}
 _images = {"digits": (1438, 8), "templates": (4000, 8), "mnist": (60000, 28), "fashion_mnist": (60000, 28),
            "svhn": (73257, 32), "stl10": (5000, 96)}                   # train images, pixels a side
 
@@ -168,5 +170,5 @@ def cost(
     classes = len(recipe.classes) or (100 if recipe.dataset == "cifar100" else 10)
     if recipe.train_per_class: count = recipe.train_per_class * classes
     step = 1e-6 * _microseconds[recipe.model] * (size / 32) ** 2 * (0.5 if recipe.precision == "bf16" else 1.0)
-    passes = recipe.epochs + 0.8 * len(log_epochs(recipe.epochs, recipe.measure_points))    # measuring runs forward only
-    return count * step * passes
+    measured = len(log_epochs(recipe.epochs, recipe.measure_points))
+    return count * step * (recipe.epochs + 0.8 * measured)          # measuring runs the network forward only

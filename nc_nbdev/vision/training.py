@@ -80,11 +80,11 @@ def make_learner(
     learn.logger = noop
     return learn
 
-# %% ../../nbs/vision/40_training.ipynb #7eb3de50
+# %% ../../nbs/vision/40_training.ipynb #8f4c68da
 class _Autocast(Callback):
     "Run the network in bfloat16 where that is safe, in training only; weights, loss and gradients stay float32."
     def before_batch(self):
-        self.context = torch.autocast(self.dls.device.type, torch.bfloat16)
+        self.context = torch.autocast(self.xb[0].device.type, torch.bfloat16)
         self.context.__enter__()
     def after_pred(self):
         self.context.__exit__(None, None, None)
