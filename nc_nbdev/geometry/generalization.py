@@ -92,15 +92,18 @@ def _improve(X, K, init, starts, seed):
         part = torch.as_tensor(lloyd.fit(X.cpu().numpy()).labels_, dtype=torch.int64, device=X.device)
     return _partition(X, part, K)[2].mean().item()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #c231aee1
+# %% ../../nbs/geometry/80_generalization.ipynb #6a976dd6
 def weak_lower_bound(
     H: Tensor | ClassStatistics,  # (N, D) test features, or statistics of them that kept the covariance
     num_points: int,  # K
 ) -> float:  # <= the optimum of min over K points of mean_i min_k |h_i - m_k|^2
     "Total variance less its K-1 largest principal parts (Zha et al. 2001). ValueError without covariance, or on NaN."
-    if isinstance(H, ClassStatistics): variances = torch.linalg.eigvalsh(H.total_covariance()).flip(0)  # (D,)
-    else: variances = torch.linalg.svdvals(_centred(H)).square() / len(H)  # both from the largest to the smallest
-    return variances[num_points - 1 :].clamp(min=0).sum().item()
+    if isinstance(H, ClassStatistics): Sigma = H.total_covariance()  # (D, D)
+    else:
+        X = _centred(H)  # (N, min(N, D))
+        Sigma = X.T @ X / len(X)
+    variances = torch.linalg.eigvalsh(Sigma)  # from the smallest to the largest
+    return variances[: max(0, len(variances) - num_points + 1)].clamp(min=0).sum().item()
 
 # %% ../../nbs/geometry/80_generalization.ipynb #fd5e369c
 def test_collapse_from_statistics(
