@@ -7,7 +7,7 @@ Batches of images in a reproducible order (`TensorLoader`), for training and for
 # %% auto #0
 __all__ = ['TensorLoader', 'loaders', 'crop_flip']
 
-# %% ../../nbs/vision/20_loaders.ipynb #6533345a
+# %% ../../nbs/vision/20_loaders.ipynb #088b20cd
 from collections.abc import Iterator
 from copy import copy
 
@@ -55,12 +55,6 @@ class TensorLoader:
         self.mean, self.std = mean.reshape(C, 1, 1), torch.where(std > 0, std, 1.0).reshape(C, 1, 1)
         self.to(device)
 
-    def to(self, device: str | torch.device):
-        "Move the data, once, to a device."
-        self.device = torch.device(device)
-        for name in ("images", "labels", "mean", "std"): setattr(self, name, getattr(self, name).to(self.device))
-        return self
-
 # %% ../../nbs/vision/20_loaders.ipynb #697e2c15
 @patch
 def __iter__(self: TensorLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,6 +74,13 @@ def set_epoch(
 ) -> TensorLoader:   # itself
     "Make the next pass that of this epoch."
     self.epoch = int(epoch)
+    return self
+
+@patch
+def to(self: TensorLoader, device: str | torch.device) -> TensorLoader:
+    "Move the data, once, to a device."
+    self.device = torch.device(device)
+    for name in ("images", "labels", "mean", "std"): setattr(self, name, getattr(self, name).to(self.device))
     return self
 
 @patch
@@ -109,7 +110,7 @@ def class_counts(self: TensorLoader) -> Tensor:
     "Samples a class, (K,)."
     return self.labels.bincount()
 
-# %% ../../nbs/vision/20_loaders.ipynb #24bdfddb
+# %% ../../nbs/vision/20_loaders.ipynb #6e7d87f6
 @patch
 def clean(self: TensorLoader) -> TensorLoader:
     "The same samples in order, not augmented, in batches of at least 512: for measuring."

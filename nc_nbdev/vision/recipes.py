@@ -7,21 +7,23 @@ What a training run on images is (`ImageRecipe`), the recipes of each scale (`PR
 # %% auto #0
 __all__ = ['PRESETS', 'ImageRecipe', 'Preset', 'image_grid', 'image_base', 'cost']
 
-# %% ../../nbs/vision/00_recipes.ipynb #079c18b8
+# %% ../../nbs/vision/00_recipes.ipynb #3ea6a320
 import difflib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from fastai.learner import Learner
+from fastcore.basics import patch
 from ..lab.runs import set_seed
 from ..lab.settings import Settings, log_epochs, override
 from .data import ImageData, seeded
-from .loaders import TensorLoader, loaders
+from .loaders import TensorLoader
+from .loaders import loaders as image_loaders
 from .sources import dataset_names, load_dataset
 from .training import make_learner, prepare_data
 
-# %% ../../nbs/vision/00_recipes.ipynb #fd22b058
+# %% ../../nbs/vision/00_recipes.ipynb #745a7e2a
 @dataclass(frozen=True)
 class ImageRecipe:
     "What a training run on images is. Raises `ValueError` for a field outside its range."
@@ -57,28 +59,7 @@ class ImageRecipe:
 
     def __post_init__(self): _check_recipe(self)
 
-    def prepare(self, data_dir: Path | None = None):
-        "Download the data set if it is not there. Raises `FileNotFoundError`, with what to do, where that fails."
-        load_dataset(self.dataset, data_dir)
-
-    def data(self, data_dir: Path | None = None) -> ImageData:
-        "The train and test set."
-        return prepare_data(self, data_dir)
-
-    def learner(self, data_dir: Path | None = None, device="cpu") -> Learner:
-        "An untrained `Learner`; `learn.fit(recipe.epochs)` trains it."
-        data = self.data(data_dir)
-        set_seed(self.seed)
-        return make_learner(self, data, device)
-
-    def loaders(self, data_dir: Path | None = None, device="cpu") -> dict[str, TensorLoader]:
-        "The batches to measure with, by split: train, test, and the train set in two parts, rest and seen."
-        _, train, test = loaders(self.data(data_dir), device=device)
-        seen = _stratified(train.labels.cpu(), min(len(test.labels), len(train.labels) // 4), seeded(self.seed, "seen"))
-        rest = torch.ones(len(train.labels), dtype=torch.bool).index_fill(0, seen, False).nonzero().flatten()
-        return {"train": train, "test": test, "rest": train.part(rest), "seen": train.part(seen)}
-
-# %% ../../nbs/vision/00_recipes.ipynb #bb041281
+# %% ../../nbs/vision/00_recipes.ipynb #af8fa9a2
 _choices = dict(loss=("cross_entropy", "mse"), schedule=("step", "cosine", "constant"), augment=(None, "crop_flip"),
                 precision=("float32", "bf16"), memory_format=("contiguous", "channels_last"))
 _at_least = dict(epochs=1, batch_size=2, lr=0, momentum=0, weight_decay=0, imbalance=1, label_noise=0, warmup=0,
@@ -91,21 +72,49 @@ def _check_recipe(recipe):
         if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {allowed}")
     for name, least in _at_least.items():
         value = getattr(recipe, name)
-        if value is not None and not value >= least: raise ValueError(f"{name}={value!r}: expected a number of at least {least}")
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}={value!r}: expected a number of at least {least}")
     for name in ("label_noise", "warmup"):
         value = getattr(recipe, name)
         if value > 1: raise ValueError(f"{name}={value}: expected a fraction between 0 and 1")
     if any(not 0 < m < 1 for m in recipe.milestones) or list(recipe.milestones) != sorted(recipe.milestones):
         raise ValueError(f"milestones={recipe.milestones}: expected increasing fractions of training between 0 and 1")
 
-# %% ../../nbs/vision/00_recipes.ipynb #e9c2b9b9
+# %% ../../nbs/vision/00_recipes.ipynb #dac493e5
+@patch
+def prepare(self: ImageRecipe, data_dir: Path | None = None):
+    "Download the data set if it is not there. Raises `FileNotFoundError`, with what to do, where that fails."
+    load_dataset(self.dataset, data_dir)
+
+@patch
+def data(self: ImageRecipe, data_dir: Path | None = None) -> ImageData:
+    "The train and test set, changed as the recipe says. Raises as `prepare_data` does."
+    return prepare_data(self, data_dir)
+
+@patch
+def learner(self: ImageRecipe, data_dir: Path | None = None, device="cpu") -> Learner:
+    "An untrained `Learner`; `learn.fit(recipe.epochs)` trains it."
+    data = self.data(data_dir)
+    set_seed(self.seed)
+    return make_learner(self, data, device)
+
+# %% ../../nbs/vision/00_recipes.ipynb #1a12c9b8
+@patch
+def loaders(self: ImageRecipe, data_dir: Path | None = None, device="cpu") -> dict[str, TensorLoader]:
+    "The batches to measure with, by split: train, test, and the train set in two parts, rest and seen."
+    _, train, test = image_loaders(self.data(data_dir), device=device)
+    seen = _stratified(train.labels.cpu(), min(len(test.labels), len(train.labels) // 4), seeded(self.seed, "seen"))
+    rest = torch.ones(len(train.labels), dtype=torch.bool).index_fill(0, seen, False).nonzero().flatten()
+    return {"train": train, "test": test, "rest": train.part(rest), "seen": train.part(seen)}
+
+# %% ../../nbs/vision/00_recipes.ipynb #7c05fe9c
 def _stratified(labels, size, generator):
     "Sorted indices of `size` random samples, of each class in proportion to its size."
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]                        # by class, random within a class
     return order[((torch.arange(size) + 0.5) * len(labels) / size).long()].sort().values
 
-# %% ../../nbs/vision/00_recipes.ipynb #bb353ca5
+# %% ../../nbs/vision/00_recipes.ipynb #31ac6464
 @dataclass(frozen=True)
 class Preset:
     "A scale: the training runs that the studies start from."
@@ -113,7 +122,7 @@ class Preset:
     grid: tuple[ImageRecipe, ...]   # one recipe a data set, model and loss; the main one first
     note: str                       # what it costs
 
-# %% ../../nbs/vision/00_recipes.ipynb #87e3862b
+# %% ../../nbs/vision/00_recipes.ipynb #e091ec4b
 _laptop = ImageRecipe(epochs=160, train_per_class=200, test_per_class=200, batch_size=64)
 _workstation = ImageRecipe(model="resnet18", train_per_class=200, test_per_class=100, batch_size=64, epochs=60, lr=0.05,
                            weight_decay=1e-2, precision="bf16", measure_points=12)
@@ -132,7 +141,7 @@ PRESETS = {p.name: p for p in (
            "one to five hours a run on one GPU; start with --studies train_vs_test --datasets cifar10 mnist"),
 )}
 
-# %% ../../nbs/vision/00_recipes.ipynb #0aa505c9
+# %% ../../nbs/vision/00_recipes.ipynb #81d94ba0
 def image_grid(
     settings: Settings,          # its `preset`, `datasets` and `overrides`
 ) -> tuple[ImageRecipe, ...]:    # in the order of `settings.datasets`, else of the preset
@@ -155,7 +164,7 @@ def image_base(
     "The main recipe that settings choose. Raises as `image_grid` does."
     return image_grid(settings)[0]
 
-# %% ../../nbs/vision/00_recipes.ipynb #bff34530
+# %% ../../nbs/vision/00_recipes.ipynb #e460319b
 # microseconds of a training step for an image of 32 pixels
 _microseconds = {"small_resnet": 1900, "mlp": 100, "resnet18": 34000, "resnet34": 80000, "resnet50": 110000,
                  "densenet121": 60000, "vgg11_bn": 8000, "vgg16_bn": 16000, "vgg19_bn": 25000}
