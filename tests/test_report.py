@@ -59,7 +59,7 @@ def test_no_batches(net):
 
 def test_collect_against_features_in_memory(net, data):
     clean, test = loaders(data, 37)
-    train = collect(net, clean, tap_layers(net), 10, keep=("stage1",))
+    train = collect(net, clean, tap_layers(net), 10, keep=("stage1",), head="head")
     H, H_test = all_by_hand(net, clean), all_by_hand(net, test)
     for layer, stats in train.statistics.items():
         direct = ClassStatistics.from_features(H[layer], data.y, num_classes=10)
@@ -81,7 +81,7 @@ def test_head_is_found_by_its_input_not_by_its_dimension(data):
     hidden = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)]
     model, dl = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10)), loaders(data)[0]
     layers = ("1", "2", "3", "4:input")
-    assert collect(model, dl, layers, 10).head_layers == ("3", "4:input")
+    assert collect(model, dl, layers, 10, head="4").head_layers == ("3", "4:input")
     m = measure(model, dl, layers=layers).measures["train"]
     assert m["2"].nc3_duality is None and "head" in m["2"].reasons["nc3_duality"] and m["3"].nc3_duality is not None
 
@@ -204,7 +204,7 @@ def test_unknown_references(net, data, references):
 
 def test_passes_made_by_oneself(net, data):
     clean, test = loaders(data)
-    train = collect(net, clean, tap_layers(net), 10, keep=("pool",))
+    train = collect(net, clean, tap_layers(net), 10, keep=("pool",), head="head")
     unseen = collect(net, test, tap_layers(net), 10, keep=("pool",), reference=train.statistics)
     report = compare_splits(train, {"test": unseen}, head=head_of(net))
     pd.testing.assert_frame_equal(report.frame, measure(net, clean, test).frame)

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['clean_loader', 'undisturbed', 'CollapseRecorder']
 
-# %% ../../nbs/lab/30_recorder.ipynb #52205747
+# %% ../../nbs/lab/30_recorder.ipynb #8933d13e
 import random
 from contextlib import contextmanager, nullcontext
 
@@ -29,11 +29,6 @@ def clean_loader(
     "A loader for measuring what `dl` trains on."
     if hasattr(dl, "clean"): return dl.clean()
     return dl.new(shuffle=False, drop_last=False) if hasattr(dl, "new") else dl
-
-def _as_validation(dl):
-    "A context in which a fastai loader applies its validation transforms."
-    dataset = getattr(dl, "dataset", None)
-    return dataset.set_split_idx(1) if hasattr(dataset, "set_split_idx") else nullcontext()
 
 # %% ../../nbs/lab/30_recorder.ipynb #2cdfc23f
 @contextmanager
@@ -98,7 +93,9 @@ def _due(self: CollapseRecorder, epoch):
 def _measure(self: CollapseRecorder, epoch):
     "Measure and keep the rows, if this epoch is due."
     if not self._due(epoch): return
-    with undisturbed(), _as_validation(self.train_loader):
+    dataset = getattr(self.train_loader, "dataset", None)
+    validation = dataset.set_split_idx(1) if hasattr(dataset, "set_split_idx") else nullcontext()
+    with undisturbed(), validation:
         report = measure(self.model, self.train_loader, self.test_loaders, **self.options)
     self.rows += [self.columns | {"epoch": epoch} | row for row in report.frame.to_dict("records")]
     nc1 = report.measures["train"][report.layers[-1]].nc1_trace

@@ -7,7 +7,7 @@ Every measure of collapse for any network and any loader (`measure`, `CollapseRe
 # %% auto #0
 __all__ = ['Collected', 'collect', 'CollapseReport', 'compare_splits', 'measure']
 
-# %% ../../nbs/lab/25_report.ipynb #9b2bc0bf
+# %% ../../nbs/lab/25_report.ipynb #424b319f
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -25,7 +25,7 @@ from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
 from .taps import check_layers, head_name, head_of, tap_layers, tapped_batches, unwrap
 
-# %% ../../nbs/lab/25_report.ipynb #0c6f2ace
+# %% ../../nbs/lab/25_report.ipynb #5b9a1e34
 @dataclass(frozen=True)
 class Collected:
     "What one pass over a split leaves behind."
@@ -41,37 +41,7 @@ class Collected:
         "Share of labels predicted; None without predictions."
         return None if self.predictions is None else (self.predictions == self.labels).double().mean().item()
 
-# %% ../../nbs/lab/25_report.ipynb #8cb10274
-def _within(H): return "full" if H.shape[1] <= 4096 else "trace"    # (D, D) in float64: 128 MB a layer
-
-def _update(stats, layer, H, y, num_classes, class_counts):
-    "Add a batch (B, D) to the statistics of a layer."
-    if layer not in stats:
-        device = H.device if H.device.type != "mps" else "cpu"     # MPS has no float64
-        counts = class_counts if _within(H) == "full" else None
-        stats[layer] = ClassStatistics(num_classes, H.shape[1], _within(H), counts, device)
-    stats[layer].update(H, y)
-
-# %% ../../nbs/lab/25_report.ipynb #947a31ce
-def _class_counts(dl, num_classes):
-    "Samples a class if the loader knows them and they are unbalanced, else None: then no weights are needed."
-    counts = getattr(dl, "class_counts", None)
-    if counts is None or getattr(dl, "drop_last", False) or len(counts) != num_classes: return None
-    return None if counts.min() in (0, counts.max()) else counts
-
-# %% ../../nbs/lab/25_report.ipynb #ec31b63e
-def _head_input(model, head) -> tuple[str, ...]:
-    "The tap on the input of the linear layer `head`, of the last one for \"auto\", or nothing."
-    try: return (f"{head_name(model) if head == 'auto' else head}:input",) if head else ()
-    except ValueError: return ()
-
-def _same(taps, layer, head=None):
-    "Whether the features of a layer are those that go into `head`."
-    if head is None or head not in taps: return False
-    a, b = taps[layer], taps[head]
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
-
-# %% ../../nbs/lab/25_report.ipynb #4813c56a
+# %% ../../nbs/lab/25_report.ipynb #635ada91
 def collect(
     model: nn.Module,                # runs in evaluation mode and is left as it was
     dl: Iterable,                    # batches (x, y), y int64 (B,)
@@ -82,13 +52,13 @@ def collect(
     keep: Sequence[str] = (),                                # layers whose features are kept, on the model's device
     reference: Mapping[str, ClassStatistics] | None = None,  # train statistics by layer, for the nearest-centre rule
     class_counts: Tensor | None = None,                      # (K,) samples a class, default `dl.class_counts`
-    head: str | None = "auto",                               # the linear layer whose input to find, default the last
+    head: str | None = None,                                 # the classifier, whose input is to be found
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
-    layers, reference, head = check_layers(model, layers), reference or {}, _head_input(model, head)
+    layers, reference, heads = check_layers(model, layers), reference or {}, (f"{head}:input",) if head else ()
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
-    stats, features, nearest, labels, predictions, heads = {}, {}, {}, [], [], layers
-    with closing(tapped_batches(model, dl, tuple(dict.fromkeys([*layers, *head])), pool)) as batches:
+    stats, features, nearest, labels, predictions, same = {}, {}, {}, [], [], layers
+    with closing(tapped_batches(model, dl, tuple(dict.fromkeys(layers + heads)), pool)) as batches:
         for taps, out, y in batches:
             for layer in layers:
                 H = taps[layer]
@@ -97,63 +67,38 @@ def collect(
                 if layer in reference: nearest.setdefault(layer, []).append(nearest_centre(H, reference[layer].means))
             labels.append(y)
             predictions.append(out.argmax(1) if out.ndim == 2 and out.shape[1] == num_classes else None)
-            heads = [layer for layer in heads if _same(taps, layer, *head)]
+            same = [layer for layer in same if any(_same(taps, layer, h) for h in heads)]
     labels, predictions = torch.cat(labels), None if predictions[0] is None else torch.cat(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
     for layer, H in features.items():
         stats[layer] = ClassStatistics.from_features(H, labels, num_classes, _within(H), weighting="class")
-    return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(heads))
+    return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same))
 
-# %% ../../nbs/lab/25_report.ipynb #ea3b058f
-@dataclass(frozen=True, repr=False)
-class CollapseReport:
-    "Collapse of every layer on every split. `frame` has it all; the dictionaries have the objects."
-    num_classes: int                                          # K
-    layers: tuple[str, ...]                                   # in order of depth
-    measures: dict[str, dict[str, CollapseMeasures]]          # split -> layer -> measures
-    collapse: dict[str, dict[str, TestCollapse]]              # test split -> layer -> the variances
-    accuracy: dict[str, float | None]                         # split -> accuracy of the network
-    references: dict[str, str]                                # test split -> the split it is compared with
-    notes: tuple[str, ...] = field(default=())                # what could not be measured, and why
+# %% ../../nbs/lab/25_report.ipynb #454d1062
+def _same(taps, layer, other):
+    "Whether two layers gave the same features."
+    if other not in taps: return False
+    a, b = taps[layer], taps[other]
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
-    @property
-    def test_collapse(self) -> dict[str, TestCollapse]:
-        "By layer, of the (first) test split; empty without one."
-        return next(iter(self.collapse.values()), {})
+def _within(H): return "full" if H.shape[1] <= 4096 else "trace"    # (D, D) in float64: 128 MB a layer
 
-# %% ../../nbs/lab/25_report.ipynb #3c0ba70d
-def compare_splits(
-    train: Collected,                               # the pass over the train set
-    tests: Mapping[str, Collected],                 # by name, collected with the statistics of their reference
-    *,
-    head: tuple[Tensor, Tensor] | None = None,      # (W, b) of the layers in `train.head_layers`
-    references: Mapping[str, str] | None = None,    # {test split: name of another}, default the train set
-) -> CollapseReport:
-    "The report of passes already made. Raises `ValueError` for an empty class, naming the split, and an unknown split."
-    splits, references, notes = {"train": train, **tests}, _references(tests, references), []
-    heads = dict.fromkeys(train.head_layers, head)
-    measures, collapse = {}, {name: {} for name in references}
-    for name, split in splits.items():
-        base = splits[references.get(name, name)]
-        try: measures[name] = {la: _measure_layer(split, la, base, heads.get(la)) for la in split.statistics}
-        except ValueError as e: raise ValueError(f"{name} set: {e}") from e
-    for name, layer in ((n, la) for n in references for la in train.statistics):
-        try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
-        except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
-    layers, accuracy = tuple(train.statistics), {name: split.accuracy for name, split in splits.items()}
-    num_classes = train.statistics[layers[0]].num_classes
-    return CollapseReport(num_classes, layers, measures, collapse, accuracy, references, tuple(notes))
+def _update(stats, layer, H, y, num_classes, class_counts):
+    "Add a batch (B, D) to the statistics of a layer."
+    if layer not in stats:
+        device = H.device if H.device.type != "mps" else "cpu"     # MPS has no float64
+        counts = class_counts if _within(H) == "full" else None
+        stats[layer] = ClassStatistics(num_classes, H.shape[1], _within(H), counts, device)
+    stats[layer].update(H, y)
 
-def _references(tests, references):
-    "{test split: the split it is compared with}; a split that others are compared with is compared with nothing."
-    references = references or {}
-    wrong = {*references, *references.values()} - {"train", *tests} | {*references} & {*references.values()}
-    if wrong or "train" in {*tests, *references}:
-        raise ValueError(f"test splits {sorted(tests)}, references {dict(references)}: expected names of test splits "
-                         "other than 'train', and references that have no reference themselves")
-    return {name: references.get(name, "train") for name in tests if name not in references.values()}
+# %% ../../nbs/lab/25_report.ipynb #4b2ac755
+def _class_counts(dl, num_classes):
+    "Samples a class if the loader knows them and they are unbalanced, else None: then no weights are needed."
+    counts = getattr(dl, "class_counts", None)
+    if counts is None or getattr(dl, "drop_last", False) or len(counts) != num_classes: return None
+    return None if counts.min() in (0, counts.max()) else counts
 
-# %% ../../nbs/lab/25_report.ipynb #cace328a
+# %% ../../nbs/lab/25_report.ipynb #9c82a5e4
 def _compare(base, test, layer):
     "Train, weak, test and strong variance of one layer; weak only where the features of both were kept."
     stats = base.statistics[layer]
@@ -175,7 +120,56 @@ def _measure_layer(split, layer, base, head):
     if decision is not None: found["nc4_disagreement"] = (nearest != decision).double().mean().item()
     return replace(m, **found, reasons={k: v for k, v in m.reasons.items() if k not in found})
 
-# %% ../../nbs/lab/25_report.ipynb #f40d3076
+# %% ../../nbs/lab/25_report.ipynb #12cbe027
+@dataclass(frozen=True, repr=False)
+class CollapseReport:
+    "Collapse of every layer on every split. `frame` has it all; the dictionaries have the objects."
+    num_classes: int                                          # K
+    layers: tuple[str, ...]                                   # in order of depth
+    measures: dict[str, dict[str, CollapseMeasures]]          # split -> layer -> measures
+    collapse: dict[str, dict[str, TestCollapse]]              # test split -> layer -> the variances
+    accuracy: dict[str, float | None]                         # split -> accuracy of the network
+    references: dict[str, str]                                # test split -> the split it is compared with
+    notes: tuple[str, ...] = field(default=())                # what could not be measured, and why
+
+    @property
+    def test_collapse(self) -> dict[str, TestCollapse]:
+        "By layer, of the (first) test split; empty without one."
+        return next(iter(self.collapse.values()), {})
+
+# %% ../../nbs/lab/25_report.ipynb #4896d5d4
+def compare_splits(
+    train: Collected,                               # the pass over the train set
+    tests: Mapping[str, Collected],                 # by name, collected with the statistics of their reference
+    *,
+    head: tuple[Tensor, Tensor] | None = None,      # (W, b) of the layers in `train.head_layers`
+    references: Mapping[str, str] | None = None,    # {test split: name of another}, default the train set
+) -> CollapseReport:
+    "The report of passes already made. Raises `ValueError` for an empty class, naming the split, and an unknown split."
+    splits, references, notes = {"train": train, **tests}, _references(tests, references), []
+    heads = dict.fromkeys(train.head_layers, head)
+    measures, collapse = {}, {name: {} for name in references}
+    for name, split in splits.items():
+        base = splits[references.get(name, name)]
+        try: measures[name] = {la: _measure_layer(split, la, base, heads.get(la)) for la in split.statistics}
+        except ValueError as e: raise ValueError(f"{name} set: {e}") from e
+    for name, layer in ((n, la) for n in references for la in train.statistics):
+        try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
+        except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
+    accuracy, stats = {name: split.accuracy for name, split in splits.items()}, train.statistics
+    num_classes = next(iter(stats.values())).num_classes
+    return CollapseReport(num_classes, tuple(stats), measures, collapse, accuracy, references, tuple(notes))
+
+def _references(tests, references):
+    "{test split: the split it is compared with}; a split that others are compared with is compared with nothing."
+    references = references or {}
+    wrong = {*references, *references.values()} - {"train", *tests} | {*references} & {*references.values()}
+    if wrong or "train" in {*tests, *references}:
+        raise ValueError(f"test splits {sorted(tests)}, references {dict(references)}: expected names of test splits "
+                         "other than 'train', and references that have no reference themselves")
+    return {name: references.get(name, "train") for name in tests if name not in references.values()}
+
+# %% ../../nbs/lab/25_report.ipynb #0ea8742c
 _variances = {"train": "train_variance", "weak": "weak_test_variance", "weak_lower": "weak_lower_variance",
               "test": "test_variance", "strong": "strong_test_variance"}
 
@@ -193,7 +187,7 @@ def frame(self: CollapseReport) -> pd.DataFrame:
     rows = [row for row in rows if row[-1] is not None]
     return pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]).astype({"value": float})
 
-# %% ../../nbs/lab/25_report.ipynb #94271105
+# %% ../../nbs/lab/25_report.ipynb #30b8303a
 @patch
 def table(self: CollapseReport) -> pd.DataFrame:
     "All measures as rows, splits and layers as columns, in order of depth."
@@ -212,8 +206,8 @@ def _compact(report):
     shown = [name for name in _shown if name in table]
     accuracy = ", ".join(f"{split} {value:.4g}" for split, value in report.accuracy.items() if value is not None)
     columns = ", ".join(f"{_shown[name]} is {name}" for name in shown)
-    notes = ([f"Accuracy: {accuracy}."] if accuracy else []) + [f"{columns}; all measures: table()."]
-    return table[shown].rename(columns=_shown).rename_axis(None, axis=1), [*notes, *report.notes]
+    notes = [f"Accuracy: {accuracy or 'not known'}. {columns}; all measures: table().", *report.notes]
+    return table[shown].rename(columns=_shown).rename_axis(None, axis=1), notes
 
 @patch
 def _repr_html_(self: CollapseReport) -> str:
@@ -225,7 +219,7 @@ def __repr__(self: CollapseReport) -> str:
     table, notes = _compact(self)
     return "\n".join([table.to_string(float_format="{:.3g}".format, na_rep=""), *notes])
 
-# %% ../../nbs/lab/25_report.ipynb #d7babf4b
+# %% ../../nbs/lab/25_report.ipynb #776a2966
 def _find_head(model, head, num_classes):
     "(W, b) or None, the name of its layer or None, K, and what is to be said about it or None."
     without = "No NC3, and no NC4 of the classifier: {}.".format
@@ -242,7 +236,7 @@ def _find_head(model, head, num_classes):
     guess = f"head guessed: {name}, the last of {', '.join(others)}; another is asked for by head=\"name\"."
     return (W, b), name, len(W), guess if head == "auto" and len(others) > 1 else None
 
-# %% ../../nbs/lab/25_report.ipynb #a3e3398c
+# %% ../../nbs/lab/25_report.ipynb #60af26f6
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
     train_dl: Iterable,                                 # batches (x, y), y int64 (B,); not augmented
@@ -273,7 +267,6 @@ def measure(
 
 def _kept(layers, keep):
     "The layers that `keep` means."
-    words = {"last": layers[-1:], "all": layers, "none": ()}
-    kept = words.get(keep, (keep,)) if isinstance(keep, str) else keep
+    kept = {"last": layers[-1:], "all": layers, "none": ()}.get(keep, (keep,)) if isinstance(keep, str) else keep
     if set(kept) <= set(layers): return kept
     raise ValueError(f"keep={keep!r}: expected 'last', 'all', 'none' or some of {layers}")

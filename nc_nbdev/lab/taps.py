@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/lab/20_taps.ipynb #529a391e
+# %% ../../nbs/lab/20_taps.ipynb #ad94ab9b
 def unwrap(
     model: nn.Module,  # possibly inside DataParallel, DistributedDataParallel or torch.compile
 ) -> nn.Module:        # the network as it was written
@@ -47,7 +47,7 @@ def check_layers(
         raise ValueError(f"layers {layers}: expected one or more, each once")
     return layers
 
-# %% ../../nbs/lab/20_taps.ipynb #2a3be0f4
+# %% ../../nbs/lab/20_taps.ipynb #f70a2cce
 def head_name(
     model: nn.Module,                # any network, possibly inside wrappers
     num_classes: int | None = None,  # K: a layer with K outputs is preferred
@@ -61,7 +61,7 @@ def head_name(
                          "give the classifier (W, b)")
     return ([n for n, m in heads if len(m.weight) == num_classes] or [n for n, _ in heads])[-1]
 
-# %% ../../nbs/lab/20_taps.ipynb #98161522
+# %% ../../nbs/lab/20_taps.ipynb #782e3144
 def head_of(
     model: nn.Module,         # any network, possibly inside wrappers
     name: str | None = None,  # of its layer, default `head_name(model)`
@@ -74,7 +74,7 @@ def head_of(
     W = layer.weight.detach().flatten(1).clone()   # (K, D), of a convolution (K, D, 1, 1)
     return W, W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().clone()
 
-# %% ../../nbs/lab/20_taps.ipynb #6f42876c
+# %% ../../nbs/lab/20_taps.ipynb #4f0e8478
 def tap_layers(
     model: nn.Module,  # any network with a linear layer, possibly inside wrappers
 ) -> tuple[str, ...]:  # names in order of depth, the last one gives the input of the classifier
@@ -82,7 +82,7 @@ def tap_layers(
     model = unwrap(model)
     if hasattr(model, "tap_names"): return tuple(model.tap_names)
     head = head_name(model)
-    parts = list(_before(head, "", model))
+    parts = list(_parts("", model, head))
     leaves = takewhile(lambda part: not any(_parts(*part)), parts)
     stem = [name for name, module in leaves if not isinstance(module, nn.Embedding)][-1:]
     blocks = [name for name, _ in _blocks(parts)]
@@ -90,21 +90,17 @@ def tap_layers(
     few = [(len(layers) + 1) * i // 4 - 1 for i in (1, 2, 3)] if len(layers) > 5 else range(len(layers))
     return (*(stem if blocks else ()), *(layers[i] for i in few), f"{head}:input")
 
-def _parts(name, module):
-    "Names and modules inside `module` that have weights; of a list, those in the list."
+def _parts(name, module, head=""):
+    "Names and modules with weights inside `module`, up to the head; of a list and of what holds the head, those in it."
     for key, child in module.named_children():
         inside = f"{name}.{key}" if name else key
-        if type(child).forward is nn.Module.forward: yield from _parts(inside, child)   # a list, which is never called
+        holds_head = f"{head}.".startswith(f"{inside}.")
+        a_list = type(child).forward is nn.Module.forward     # it is never called
+        if holds_head or a_list: yield from _parts(inside, child, head)
         elif any(True for _ in child.parameters()): yield inside, child
+        if holds_head: return
 
-# %% ../../nbs/lab/20_taps.ipynb #75184ac5
-def _before(head, name, module):
-    "The parts before the head; of a part that holds the head, its parts before the head."
-    for inside, child in _parts(name, module):
-        if inside == head: return
-        if head.startswith(f"{inside}."): yield from _before(head, inside, child); return
-        yield inside, child
-
+# %% ../../nbs/lab/20_taps.ipynb #f20147fc
 def _matrices(parts):
     "The parts with a matrix or a convolution, not the normalisations."
     return [(n, m) for n, m in parts if any(p.ndim > 1 for p in m.parameters())]
@@ -237,9 +233,8 @@ def tapped_batches(
 
 def _call(model, x, weight):
     "The output of `model` for one input, several (a tuple or list) or named ones, in the precision of `weight`."
-    def place(t):
-        if not isinstance(t, Tensor): return t
-        return t.as_subclass(Tensor).to(weight.device, weight.dtype if t.is_floating_point() else t.dtype)
+    dtype = lambda t: weight.dtype if t.is_floating_point() else t.dtype
+    place = lambda t: t.as_subclass(Tensor).to(weight.device, dtype(t)) if isinstance(t, Tensor) else t
     if isinstance(x, Mapping): return model(**{name: place(t) for name, t in x.items()})
     return model(*map(place, x)) if isinstance(x, (tuple, list)) else model(place(x))
 
