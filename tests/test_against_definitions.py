@@ -1,4 +1,4 @@
-"""Every measure against its definition, written out in NumPy with loops: nothing here calls the package but the tests."""
+"""Every measure against its definition, written out in NumPy with loops, which call nothing of the package."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from nc_nbdev.geometry import generalization, means, ood
 FEW = settings(max_examples=40, deadline=None)
 
 
-# --- the definitions ---------------------------------------------------------------------------------------------------
+# --- the definitions ------------------------------------------------------------------------------
 
 
 def class_means(H, y, K):
@@ -73,7 +73,7 @@ def margin(U):
 
 
 def distance_to_hull(point, corners, steps=10_000):
-    "Wolfe's conditional gradient with away steps and exact line search: slow, sure, and nothing like the package's way."
+    "Wolfe's conditional gradient with away steps and exact line search: slow, sure, and not the package's way."
     a = np.zeros(len(corners)); a[0] = 1
     for _ in range(steps):
         gradient = corners @ (a @ corners - point)
@@ -86,7 +86,7 @@ def distance_to_hull(point, corners, steps=10_000):
 
 
 def four_variances(H, y, H_test, y_test, K, weighting="class"):
-    "train, test and strong variance, sample by sample; the weak one by trying every partition if there are few samples."
+    "train, test and strong variance, sample by sample; of few samples the weak one, too, by trying every partition."
     H, H_test, y, y_test = (np.asarray(a.double() if a.is_floating_point() else a) for a in (H, H_test, y, y_test))
     mu, mu_test = class_means(H, y, K), class_means_or_nan(H_test, y_test, K)
     mu_G = mu.mean(0) if weighting == "class" else H.astype(np.longdouble).mean(0)
@@ -101,10 +101,11 @@ def four_variances(H, y, H_test, y_test, K, weighting="class"):
 
 def class_means_or_nan(H, y, K):
     "As class_means; NaN, which no sample then asks for, where a class is absent."
-    return np.stack([H[y == c].astype(np.longdouble).mean(0) if (y == c).any() else np.full(H.shape[1], np.nan) for c in range(K)])
+    return np.stack([H[y == c].astype(np.longdouble).mean(0) if (y == c).any() else np.full(H.shape[1], np.nan)
+        for c in range(K)])
 
 
-# --- the inputs --------------------------------------------------------------------------------------------------------
+# --- the inputs -----------------------------------------------------------------------------------
 
 
 def problem(K, D, per_class=20, offset=0.0, spread=0.3, seed=0, unbalanced=False, dtype=torch.float64):
@@ -151,7 +152,7 @@ def feed(stats, H, y, sizes):
     return stats
 
 
-# --- the tests ---------------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weighting", ["class", "sample"])
@@ -243,7 +244,8 @@ def test_the_weak_variance_of_few_samples_is_the_best_partition(K, D, seed):
 @pytest.mark.parametrize("K, D", [(4, 2), (6, 3), (12, 5), (5, 8)])
 def test_measures_that_are_not_in_the_table(K, D):
     H, y, _, _ = problem(K, D, unbalanced=True)
-    stats, mu = nc.ClassStatistics.from_features(H, y, num_classes=K), class_means(H.numpy(), y.numpy(), K).astype(float)
+    stats, mu = nc.ClassStatistics.from_features(H, y, num_classes=K), class_means(H.numpy(), y.numpy(),
+        K).astype(float)
     far = torch.randn(30, D, dtype=torch.float64)
     for weighting, mu_G in (("class", mu.mean(0)), ("sample", H.numpy().mean(0))):
         M, v = mu - mu_G, far.numpy().mean(0) - mu_G

@@ -20,7 +20,8 @@ def by_definition(H, y, H_test, y_test, K):
     mu = torch.stack([H[y == c].mean(0) for c in range(K)])
     between = (mu - mu.mean(0)).square().sum(1).mean().item()
     test_sum = sum(
-        (H_test[y_test == c] - H_test[y_test == c].mean(0)).square().sum().item() for c in range(K) if (y_test == c).any()
+        (H_test[y_test == c] - H_test[y_test == c].mean(0)).square().sum().item() for c in range(K)
+            if (y_test == c).any()
     )
     train = (H - mu[y]).square().sum(1).mean().item()
     strong = (H_test - mu[y_test]).square().sum(1).mean().item()
@@ -51,7 +52,8 @@ def test_weak_below_test_below_strong(data):
     H, y, H_test, y_test, K = data
     t = nc.test_collapse(H, y, H_test, y_test, num_classes=K, restarts=1)
     assert 0 <= t.weak_lower <= t.weak <= t.test <= t.strong
-    streams = nc.ClassStatistics(K, H.shape[1]).update(H, y), nc.ClassStatistics(K, H.shape[1], "full").update(H_test, y_test)
+    streams = nc.ClassStatistics(K, H.shape[1]).update(H, y), nc.ClassStatistics(K, H.shape[1], "full").update(H_test,
+        y_test)
     s = gen.test_collapse_from_statistics(*streams)
     assert s.weak is None and 0 <= s.weak_lower <= s.test <= s.strong
     assert s.weak_lower == pytest.approx(t.weak_lower, rel=1e-6, abs=1e-10)
@@ -118,7 +120,9 @@ def test_lower_bound_of_known_features():
         assert gen.weak_lower_bound(H, k) == pytest.approx(float(expected))
     assert gen.weak_lower_bound(H + 100, 2) == pytest.approx(gen.weak_lower_bound(H, 2))
     with pytest.raises(ValueError, match="finite"): gen.weak_lower_bound(H * torch.nan, 2)
-    with pytest.raises(ValueError, match="keeps no covariance"): gen.weak_lower_bound(nc.ClassStatistics(2, 3), 2)
+    with pytest.raises(ValueError, match="no samples"): gen.weak_lower_bound(nc.ClassStatistics(2, 3), 2)
+    stream = nc.ClassStatistics(2, 3).update(H, torch.arange(500) % 2)
+    with pytest.raises(ValueError, match="keeps no covariance"): gen.weak_lower_bound(stream, 2)
 
 
 def test_rotation_into_the_span_is_exact():
@@ -142,7 +146,8 @@ def test_statistics_give_the_same_without_weak():
     assert gen.test_collapse_from_statistics(train, weighted).weak_lower is None  # nor one of all samples alike
     full = nc.ClassStatistics(4, 7, "full").update(H_test, y_test)
     assert gen.test_collapse_from_statistics(train, full).weak_lower == pytest.approx(t.weak_lower)
-    for name in ("train", "test", "strong"): assert getattr(streamed, name) == pytest.approx(getattr(t, name), rel=1e-10)
+    for name in ("train", "test", "strong"):
+        assert getattr(streamed, name) == pytest.approx(getattr(t, name), rel=1e-10)
     assert (t.train, t.test, t.strong) == pytest.approx(by_definition(H, y, H_test, y_test, 4), rel=1e-9)
 
 
@@ -154,7 +159,8 @@ def test_invariances():
     Q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
     order = torch.tensor([2, 0, 1])
     moved = nc.test_collapse(7 * (H @ Q - 30), order[y], 7 * (H_test @ Q - 30), order[y_test])
-    assert list(moved.to_dict().values()) == pytest.approx(list(nc.test_collapse(H, y, H_test, y_test).to_dict().values()))
+    assert list(moved.to_dict().values()) == pytest.approx(list(nc.test_collapse(H, y, H_test,
+        y_test).to_dict().values()))
 
 
 def test_same_seed_same_bits():

@@ -62,7 +62,7 @@ def test_head_without_bias_and_parameters_with_gradients():
         H, y, num_classes=3, head=(W, torch.zeros(3)))
 
 
-# --- NC4 ---------------------------------------------------------------------------------------------------------------
+# --- NC4 ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset, spread", [(1000, 1e-3), (0, 1), (1e4, 1e-2), (100, 1e-4)])
@@ -85,7 +85,8 @@ def test_nearest_centre_in_chunks_and_ties():
 
 
 @FEW
-@given(st.integers(2, 40), st.integers(1, 30), st.sampled_from([0.0, 1, 1e3, 1e6]), st.sampled_from([1e-30, 1e-9, 1e-3, 1, 1e25]),
+@given(st.integers(2, 40), st.integers(1, 30), st.sampled_from([0.0, 1, 1e3, 1e6]),
+    st.sampled_from([1e-30, 1e-9, 1e-3, 1, 1e25]),
        st.sampled_from([1e-3, 1, 100]), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 999))
 def test_decisions_are_those_of_float64_at_every_scale(K, D, offset, scale, noise, dtype, seed):
     "Noise of 100 leaves close scores, tiny and huge scales under- and overflow in float32: none of it may decide."
@@ -139,7 +140,7 @@ def test_disagreement_with_and_without_bias():
         assert nearest_centre.nc4_disagreement(H, W, b, mu, with_bias=with_bias) == expected
 
 
-# --- NC2 where no simplex fits -----------------------------------------------------------------------------------------
+# --- NC2 where no simplex fits --------------------------------------------------------------------
 
 
 def test_a_row_inside_the_hull_has_margin_zero():
@@ -176,7 +177,7 @@ def test_many_classes_in_many_dimensions():
     assert nearest_centre.nearest_centre(mu[:50].float(), mu).equal(torch.arange(50))
 
 
-# --- conventions -------------------------------------------------------------------------------------------------------
+# --- conventions ----------------------------------------------------------------------------------
 
 
 def test_conventions_of_nc2_and_nc3():
@@ -186,7 +187,8 @@ def test_conventions_of_nc2_and_nc3():
     assert duality.nc3_duality(W, mu, squared=True) == pytest.approx(duality.nc3_duality(W, mu) ** 2)
     assert duality.nc3_duality(mu, mu, centred=False) == pytest.approx(0, abs=1e-12)
     assert duality.nc3_duality(mu, mu) > 0.1
-    assert duality.nc3_duality(W, mu, squared=True, row_normalised=True) == pytest.approx(8 * (1 - duality.nc3_cosine(W, mu)))
+    assert duality.nc3_duality(W, mu, squared=True,
+        row_normalised=True) == pytest.approx(8 * (1 - duality.nc3_cosine(W, mu)))
 
 
 def test_nc5():
@@ -204,7 +206,7 @@ def test_nc5():
     assert ood.nc5_ood(stats.means - sample, far.mean(0) - sample, centred=False) == pytest.approx(expected)
 
 
-# --- Gram matrices, margins, separability ------------------------------------------------------------------------------
+# --- Gram matrices, margins, separability ---------------------------------------------------------
 
 @FEW
 @given(st.integers(2, 6), st.integers(2, 8), st.integers(0, 10**6), st.floats(1e-3, 1e3))
@@ -256,7 +258,8 @@ def test_separability_of_known_sets():
     ring = torch.tensor([[math.cos(a), math.sin(a)] for a in range(12)])
     inside = torch.cat([ring, 0.1 * ring])
     assert not nearest_centre.linearly_separable(inside, torch.arange(24) // 12)
-    assert nearest_centre.linearly_separable(torch.cat([inside, inside.norm(dim=1, keepdim=True)], 1), torch.arange(24) // 12)
+    assert nearest_centre.linearly_separable(torch.cat([inside, inside.norm(dim=1, keepdim=True)], 1),
+        torch.arange(24) // 12)
     assert nearest_centre.linearly_separable(ring, torch.arange(12))  # corners of a convex polygon, one class each
     with pytest.raises(ValueError, match="two classes"): nearest_centre.linearly_separable(ring, torch.zeros(12).long())
     with pytest.raises(ValueError, match="11 labels"): nearest_centre.linearly_separable(ring, torch.arange(11))

@@ -1,4 +1,4 @@
-"""Class statistics and the NC1 measures against slow float64 computations, over random inputs, processes and bad input."""
+"""Class statistics and the NC1 measures against slow float64 computations: random inputs, processes, bad input."""
 
 from fractions import Fraction
 
@@ -76,7 +76,8 @@ def exact_vci(H, y, K):
     def gram(X): return [[sum(x[i] * x[j] for x in X) for j in range(D)] for i in range(D)]
     within = [gram([[a - b for a, b in zip(h, m, strict=True)] for h in g]) for g, m in zip(groups, mu, strict=True)]
     B = [[x / K for x in row] for row in gram(M)]
-    T = [[B[i][j] + sum(S[i][j] / len(g) for S, g in zip(within, groups, strict=True)) / K for j in range(D)] for i in range(D)]
+    T = [[B[i][j] + sum(S[i][j] / len(g) for S, g in zip(within, groups, strict=True)) / K for j in range(D)]
+        for i in range(D)]
     table = [T[i] + B[i] for i in range(D)]  # Gauss-Jordan: [T | B] -> [1 | T^-1 B]; T is positive definite
     for i in range(D):
         table[i] = [x / table[i][i] for x in table[i]]
@@ -133,7 +134,8 @@ def test_features_read_once_keep_one_weighting_and_no_reference(sizes, D, seed, 
     assert not once._features and lazy._features
     close(once.within_covariance(weighting), lazy.within_covariance(weighting), 1e-10)
     if len(set(sizes)) == 1: return
-    with pytest.raises(ValueError, match="weight"): once.within_covariance({"class": "sample", "sample": "class"}[weighting])
+    with pytest.raises(ValueError, match="weight"):
+        once.within_covariance({"class": "sample", "sample": "class"}[weighting])
 
 
 @few
@@ -147,7 +149,8 @@ def test_total_covariance_needs_no_labels(sizes, D, seed):
     balanced = ClassStatistics(K, D, within="full", class_counts=[4] * K)
     few, labels = make(K, D, [4] * K, seed=seed)
     close(balanced.update(few, labels).total_covariance(), torch.cov(few.T, correction=0).reshape(D, D), 1e-10)
-    for stats in (stream, ClassStatistics.from_features(H, y, num_classes=K)): close(stats.total_covariance(), expected, 1e-10)
+    for stats in (stream, ClassStatistics.from_features(H, y, num_classes=K)):
+        close(stats.total_covariance(), expected, 1e-10)
     with pytest.raises(ValueError, match="within='full'"): ClassStatistics(K, D).update(H, y).total_covariance()
 
 
@@ -358,7 +361,8 @@ def test_gradients_inference_mode_and_subclasses_are_no_matter():
 
 def test_trace_keeps_no_matrix_and_no_features():
     H, y = make(3, 50, [5, 6, 7])
-    for stats in (ClassStatistics(3, 50).update(H, y), ClassStatistics.from_features(H, y, num_classes=3, within="trace")):
+    for stats in (ClassStatistics(3, 50).update(H, y),
+        ClassStatistics.from_features(H, y, num_classes=3, within="trace")):
         assert stats.scatter is None and not stats._features
         assert sum(t.numel() for t in vars(stats).values() if isinstance(t, torch.Tensor)) == 3 + 3 * 50 + 3
         close(nc1_trace(stats), two_pass(H, y, 3)["nc1_trace"], 1e-9)
@@ -385,7 +389,8 @@ good = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     (good[0], good[1][:, None], "one label a row"), (good[0], good[1].float(), r"expected integers 0..2"),
     (good[0], good[1] > 0, "expected integers"), (good[0], good[1] + 1, "run from 1 to 3"),
     (good[0], good[1] - 1, "run from -1 to 1"), (good[0].long(), good[1], "floating point"),
-    (good[0] / 0, good[1], "6 of 6 feature rows"), (good[0].index_fill(0, torch.tensor([4]), torch.inf), good[1], "row 4"),
+    (good[0] / 0, good[1], "6 of 6 feature rows"),
+        (good[0].index_fill(0, torch.tensor([4]), torch.inf), good[1], "row 4"),
 ])
 def test_a_bad_batch_is_refused_and_leaves_no_trace(H, y, says):
     stats = ClassStatistics(3, 2, within="full")
@@ -401,7 +406,8 @@ def test_a_bad_batch_is_refused_and_leaves_no_trace(H, y, says):
     (lambda: ClassStatistics(3, 2, class_counts=[1, 2, 3]), "within='full'"),
     (lambda: ClassStatistics(3, 2, within="full", class_counts=[1, 2]), "3 positive whole numbers"),
     (lambda: ClassStatistics(3, 2, within="full", class_counts=[1, 2, 0]), "3 positive whole numbers"),
-    (lambda: ClassStatistics.from_features(torch.zeros(0, 2), torch.zeros(0).long(), num_classes=3), "at least one sample"),
+    (lambda: ClassStatistics.from_features(torch.zeros(0, 2), torch.zeros(0).long(), num_classes=3),
+        "at least one sample"),
     (lambda: ClassStatistics.from_features(*good, num_classes=1), "num_classes is 1"),
     (lambda: ClassStatistics.from_features(*good, num_classes=3, weighting="mean"), "weighting is 'mean'"),
     (lambda: ClassStatistics(3, 2) + ClassStatistics(4, 2), "num_classes=3 and num_classes=4"),
@@ -473,11 +479,13 @@ def test_two_processes_are_one(tmp_path):
     local = [shares(rank) for rank in range(2)]
     assert (local[1][1] != 0).all() and len(local[1][1]) < len(local[0][1]) / 4
     sums = {"trace": sum(ClassStatistics(3, 70).update(*part) for part in local),
-            "full": sum(ClassStatistics(3, 70, within="full", class_counts=[40, 30, 35]).update(*part) for part in local),
+            "full": sum(ClassStatistics(3, 70, within="full", class_counts=[40, 30, 35]).update(*part)
+                for part in local),
             "memory": sum(ClassStatistics(3, 70, within="full").update(*part) for part in local)}
     for name, merged in sums.items():
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
-        for a, b, c in zip(first, second, (merged.counts, merged.means, merged.class_scatter, merged.scatter), strict=True):
+        for a, b, c in zip(first, second, (merged.counts, merged.means, merged.class_scatter, merged.scatter),
+            strict=True):
             assert (a is b is c is None) or torch.equal(a, b), "all processes end with the same bits"
             if a is not None: close(a, c, 1e-12)
     check_all(sums["full"], two_pass(H, y, 3), rtol=1e-8)

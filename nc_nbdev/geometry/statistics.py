@@ -228,7 +228,7 @@ def from_features(
     if within == "full" and not one_pass: self._features = [_Features(H, y)]
     return self
 
-# %% ../../nbs/geometry/10_statistics.ipynb #6f7d5074
+# %% ../../nbs/geometry/10_statistics.ipynb #866684e7
 class _Features:
     "A reference to features H (N, D) and labels y (N,) in memory."
 
@@ -433,10 +433,11 @@ def between_covariance(
     M = self.centred_means(weighting)
     return M.T @ M / self.num_classes
 
-# %% ../../nbs/geometry/10_statistics.ipynb #6a744b20
+# %% ../../nbs/geometry/10_statistics.ipynb #bce8f027
 @patch
 def total_covariance(self: ClassStatistics) -> Tensor:  # (D, D) float64
     "Covariance of all samples about their mean, whatever their class. Raises ValueError as `within_covariance` does."
+    if not self.counts.any(): raise ValueError("the statistics hold no samples: expected at least one")
     share = self.counts / self.counts.sum().double()  # (K,)
     M = (self.means - share @ self.means) * share.sqrt()[:, None]  # (K, D)
     return self._weighted_scatter(1 / self.counts.sum().double().expand(len(share)), "sample") + M.T @ M
