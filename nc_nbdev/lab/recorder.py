@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['clean_loader', 'undisturbed', 'CollapseRecorder']
 
-# %% ../../nbs/lab/30_recorder.ipynb #8933d13e
+# %% ../../nbs/lab/30_recorder.ipynb #26e41e67
 import random
 from contextlib import contextmanager, nullcontext
 

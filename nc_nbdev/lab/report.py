@@ -7,7 +7,7 @@ Every measure of collapse for any network and any loader (`measure`, `CollapseRe
 # %% auto #0
 __all__ = ['Collected', 'collect', 'CollapseReport', 'compare_splits', 'measure']
 
-# %% ../../nbs/lab/25_report.ipynb #424b319f
+# %% ../../nbs/lab/25_report.ipynb #0211d44c
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -25,7 +25,32 @@ from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
 from .taps import check_layers, head_name, head_of, tap_layers, tapped_batches, unwrap
 
-# %% ../../nbs/lab/25_report.ipynb #5b9a1e34
+# %% ../../nbs/lab/25_report.ipynb #0e5753b0
+def _within(H): return "full" if H.shape[1] <= 4096 else "trace"    # (D, D) in float64: 128 MB a layer
+
+def _update(stats, layer, H, y, num_classes, class_counts):
+    "Add a batch (B, D) to the statistics of a layer."
+    if layer not in stats:
+        device = H.device if H.device.type != "mps" else "cpu"     # MPS has no float64
+        counts = class_counts if _within(H) == "full" else None
+        stats[layer] = ClassStatistics(num_classes, H.shape[1], _within(H), counts, device)
+    stats[layer].update(H, y)
+
+# %% ../../nbs/lab/25_report.ipynb #f66fb161
+def _class_counts(dl, num_classes):
+    "Samples a class if the loader knows them and they are unbalanced, else None: then no weights are needed."
+    counts = getattr(dl, "class_counts", None)
+    if counts is None or getattr(dl, "drop_last", False) or len(counts) != num_classes: return None
+    return None if counts.min() in (0, counts.max()) else counts
+
+# %% ../../nbs/lab/25_report.ipynb #ae711f24
+def _same(taps, layer, other):
+    "Whether two layers gave the same features."
+    if other not in taps: return False
+    a, b = taps[layer], taps[other]
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
+
+# %% ../../nbs/lab/25_report.ipynb #31e7e5c4
 @dataclass(frozen=True)
 class Collected:
     "What one pass over a split leaves behind."
@@ -41,7 +66,7 @@ class Collected:
         "Share of labels predicted; None without predictions."
         return None if self.predictions is None else (self.predictions == self.labels).double().mean().item()
 
-# %% ../../nbs/lab/25_report.ipynb #635ada91
+# %% ../../nbs/lab/25_report.ipynb #d70c7680
 def collect(
     model: nn.Module,                # runs in evaluation mode and is left as it was
     dl: Iterable,                    # batches (x, y), y int64 (B,)
@@ -74,31 +99,7 @@ def collect(
         stats[layer] = ClassStatistics.from_features(H, labels, num_classes, _within(H), weighting="class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same))
 
-# %% ../../nbs/lab/25_report.ipynb #454d1062
-def _same(taps, layer, other):
-    "Whether two layers gave the same features."
-    if other not in taps: return False
-    a, b = taps[layer], taps[other]
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
-
-def _within(H): return "full" if H.shape[1] <= 4096 else "trace"    # (D, D) in float64: 128 MB a layer
-
-def _update(stats, layer, H, y, num_classes, class_counts):
-    "Add a batch (B, D) to the statistics of a layer."
-    if layer not in stats:
-        device = H.device if H.device.type != "mps" else "cpu"     # MPS has no float64
-        counts = class_counts if _within(H) == "full" else None
-        stats[layer] = ClassStatistics(num_classes, H.shape[1], _within(H), counts, device)
-    stats[layer].update(H, y)
-
-# %% ../../nbs/lab/25_report.ipynb #4b2ac755
-def _class_counts(dl, num_classes):
-    "Samples a class if the loader knows them and they are unbalanced, else None: then no weights are needed."
-    counts = getattr(dl, "class_counts", None)
-    if counts is None or getattr(dl, "drop_last", False) or len(counts) != num_classes: return None
-    return None if counts.min() in (0, counts.max()) else counts
-
-# %% ../../nbs/lab/25_report.ipynb #9c82a5e4
+# %% ../../nbs/lab/25_report.ipynb #2caab80a
 def _compare(base, test, layer):
     "Train, weak, test and strong variance of one layer; weak only where the features of both were kept."
     stats = base.statistics[layer]
@@ -120,7 +121,7 @@ def _measure_layer(split, layer, base, head):
     if decision is not None: found["nc4_disagreement"] = (nearest != decision).double().mean().item()
     return replace(m, **found, reasons={k: v for k, v in m.reasons.items() if k not in found})
 
-# %% ../../nbs/lab/25_report.ipynb #12cbe027
+# %% ../../nbs/lab/25_report.ipynb #98e76607
 @dataclass(frozen=True, repr=False)
 class CollapseReport:
     "Collapse of every layer on every split. `frame` has it all; the dictionaries have the objects."
@@ -137,7 +138,7 @@ class CollapseReport:
         "By layer, of the (first) test split; empty without one."
         return next(iter(self.collapse.values()), {})
 
-# %% ../../nbs/lab/25_report.ipynb #4896d5d4
+# %% ../../nbs/lab/25_report.ipynb #9e8cf338
 def compare_splits(
     train: Collected,                               # the pass over the train set
     tests: Mapping[str, Collected],                 # by name, collected with the statistics of their reference
@@ -169,7 +170,7 @@ def _references(tests, references):
                          "other than 'train', and references that have no reference themselves")
     return {name: references.get(name, "train") for name in tests if name not in references.values()}
 
-# %% ../../nbs/lab/25_report.ipynb #0ea8742c
+# %% ../../nbs/lab/25_report.ipynb #1c2bf15e
 _variances = {"train": "train_variance", "weak": "weak_test_variance", "weak_lower": "weak_lower_variance",
               "test": "test_variance", "strong": "strong_test_variance"}
 
@@ -187,7 +188,7 @@ def frame(self: CollapseReport) -> pd.DataFrame:
     rows = [row for row in rows if row[-1] is not None]
     return pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]).astype({"value": float})
 
-# %% ../../nbs/lab/25_report.ipynb #30b8303a
+# %% ../../nbs/lab/25_report.ipynb #c2b33b31
 @patch
 def table(self: CollapseReport) -> pd.DataFrame:
     "All measures as rows, splits and layers as columns, in order of depth."
@@ -196,6 +197,7 @@ def table(self: CollapseReport) -> pd.DataFrame:
     columns = pd.MultiIndex.from_frame(frame[["split", "layer"]].drop_duplicates())
     return wide.reindex(index=frame.measure.unique(), columns=columns)
 
+# %% ../../nbs/lab/25_report.ipynb #79a5eaa4
 _shown = {"nc1_trace": "NC1", "nc2_etf": "NC2", "nc3_duality": "NC3", "nc4_disagreement": "NC4", "ncc_accuracy": "NCC",
           "train_variance": "train", "weak_test_variance": "weak", "test_variance": "test",
           "strong_test_variance": "strong"}
@@ -219,7 +221,7 @@ def __repr__(self: CollapseReport) -> str:
     table, notes = _compact(self)
     return "\n".join([table.to_string(float_format="{:.3g}".format, na_rep=""), *notes])
 
-# %% ../../nbs/lab/25_report.ipynb #776a2966
+# %% ../../nbs/lab/25_report.ipynb #e775741e
 def _find_head(model, head, num_classes):
     "(W, b) or None, the name of its layer or None, K, and what is to be said about it or None."
     without = "No NC3, and no NC4 of the classifier: {}.".format
@@ -236,7 +238,7 @@ def _find_head(model, head, num_classes):
     guess = f"head guessed: {name}, the last of {', '.join(others)}; another is asked for by head=\"name\"."
     return (W, b), name, len(W), guess if head == "auto" and len(others) > 1 else None
 
-# %% ../../nbs/lab/25_report.ipynb #60af26f6
+# %% ../../nbs/lab/25_report.ipynb #b261cf6b
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
     train_dl: Iterable,                                 # batches (x, y), y int64 (B,); not augmented
