@@ -7,7 +7,7 @@ Batches of images in a reproducible order (`TensorLoader`), for training and for
 # %% auto #0
 __all__ = ['TensorLoader', 'loaders', 'crop_flip']
 
-# %% ../../nbs/vision/20_loaders.ipynb #088b20cd
+# %% ../../nbs/vision/20_loaders.ipynb #f6046a3a
 from collections.abc import Iterator
 from copy import copy
 
@@ -110,7 +110,7 @@ def class_counts(self: TensorLoader) -> Tensor:
     "Samples a class, (K,)."
     return self.labels.bincount()
 
-# %% ../../nbs/vision/20_loaders.ipynb #6e7d87f6
+# %% ../../nbs/vision/20_loaders.ipynb #2f3c1de1
 @patch
 def clean(self: TensorLoader) -> TensorLoader:
     "The same samples in order, not augmented, in batches of at least 512: for measuring."
