@@ -48,7 +48,7 @@ def _check_task(task):
         if not H.isfinite().all(): raise ValueError(f"{split} features: expected finite numbers, got NaN or infinity")
         if any(y.shape != (len(H),) for y in labels):
             raise ValueError(f"{split}: {len(H)} features, labels of shape {[tuple(y.shape) for y in labels]}")
-        if min(int(y.min()) for y in labels) < 0: raise ValueError(f"{split} labels: expected 0 or more, got a negative one")
+        if min(int(y.min()) for y in labels) < 0: raise ValueError(f"{split} labels: expected 0 or more, got less")
     if (D := task.train.shape[1]) != task.test.shape[1]:
         raise ValueError(f"train features have {D} dimensions, test features {task.test.shape[1]}")
     counts = task.fine.bincount()
@@ -112,7 +112,7 @@ def fit_logistic(
     tol: float = 1e-8,       # the gap to stop at
     max_steps: int = 100,    # Newton steps
 ) -> LogisticFit:
-    "Logistic regression by Newton's method. Raises `ValueError` for a missing class; warns where `tol` is not reached."
+    "Logistic regression by Newton's method. Raises `ValueError` for a missing class, warns where `tol` is not reached."
     N, K = len(y), int(y.max()) + 1
     if y.min() < 0 or y.bincount().min() == 0:
         raise ValueError(f"labels {y.unique().tolist()}: expected every class from 0 to {K - 1}")
@@ -120,7 +120,7 @@ def fit_logistic(
     ridge = X.new_full((X.shape[1],), 1 / (C * N))
     ridge[-1] = 0
     f = lambda A: (F.cross_entropy(X @ A.T, y) + (A.square() * ridge).sum() / 2).item()
-    A = X.new_zeros(K, X.shape[1]) if start is None else start
+    A = X.new_zeros(K, X.shape[1]) if start is None else start - start.mean(0)    # columns sum to 0, as at the optimum
     value, gap, step, iterations = f(A), np.inf, 0, np.inf
     while gap >= tol and step < max_steps:
         P = (X @ A.T).softmax(1)                                                  # (N, K)
@@ -130,12 +130,12 @@ def fit_logistic(
         gap, step, t = -(G * S).sum().item() / 2, step + 1, 1.0
         while (new := f(A + t * S)) > value - 2e-4 * t * gap + 1e-15 and t > 1e-9: t /= 2   # Armijo
         A, value = A + t * S, new
-    if not gap < tol: warnings.warn(f"logistic regression: gap {gap:.1e} after {step} steps, wanted {tol:.1e}", stacklevel=2)
+    if not gap < tol: warnings.warn(f"logistic regression: gap {gap:.0e} after {step} steps, not {tol:.0e}", stacklevel=2)
     return LogisticFit(A, value, gap, step)
 
 # %% ../../nbs/lab/50_probes.ipynb #59ec078f
 def _newton_step(X, P, ridge, G, L):
-    "Solve Hessian S = -G; fewer digits far from the optimum (a truncated Newton method). S and the number of iterations."
+    "Solve Hessian S = -G, to fewer digits far from the optimum (truncated Newton). S and the number of iterations."
     def hessian(V):
         S = X @ V.T                                                               # (N, K)
         S = P * (S - (P * S).sum(1, keepdim=True))
@@ -181,7 +181,7 @@ def linear_probe(
     kind: str = "standardised",   # preparation, as in `fit_transform`
     C: float | None = None,       # a fixed penalty, default chosen on held-out train samples
 ) -> ProbeResult:
-    "Fit logistic regression from frozen train features to the fine classes, and test it. Raises as `fit_transform` does."
+    "Logistic regression from frozen train features to the fine classes, tested. Raises as `fit_transform` does."
     transform = fit_transform(task.train, kind, task.coarse)
     X, X_test = transform(task.train), transform(task.test)
     share = lambda fit, X, y: (fit.scores(X).argmax(1) == y).double().mean().item()
@@ -213,11 +213,11 @@ PENALTIES = tuple(10.0 ** k for k in range(-2, 7))
 def choose_penalty(
     X: Tensor,               # (N, D) prepared features
     y: Tensor,               # (N,) int64 labels
-) -> tuple[float, LogisticFit, list]:  # C, its fit on the part not held out, and (C, held-out cross-entropy) along the path
+) -> tuple[float, LogisticFit, list]:  # C, its fit on the rest, and the pairs (C, held-out cross-entropy) of the path
     "The C of `PENALTIES` with the smallest cross-entropy on held-out samples."
     held, best, fit, path = hold_out(y), None, None, []
     for C in PENALTIES:
-        fit = fit_logistic(X[~held], y[~held], C, start=None if fit is None else fit.weights, tol=1e-6)   # enough to choose by
+        fit = fit_logistic(X[~held], y[~held], C, fit and fit.weights, tol=1e-6)   # enough to choose by
         path.append((C, F.cross_entropy(fit.scores(X[held]), y[held]).item()))
         if best is None or path[-1][1] < best[2]: best = (C, fit, path[-1][1])
         elif path[-1][1] > 1.2 * best[2]: break    # well past the minimum, not only over a bump on a plateau
@@ -227,7 +227,7 @@ def choose_penalty(
 def reconstructed_labels(
     task: FeatureTask,            # features with coarse and fine labels
 ) -> tuple[Tensor, Tensor]:       # (N,) and (N',) int64 fine labels of train and test samples
-    "Fine labels from K-means inside each coarse class, on train samples; a test sample gets the nearest centre of its own."
+    "Fine labels from K-means inside each coarse class. A test sample goes to the nearest centre of its coarse class."
     from scipy.optimize import linear_sum_assignment
     labels, labels_test = torch.empty_like(task.fine), torch.full_like(task.fine_test, -1)
     for k in task.coarse.unique():
@@ -250,7 +250,7 @@ def _clusters(H, H_test, count):
     test = means.predict(((H_test - centre) / scale).numpy()) if len(H_test) else []
     return torch.as_tensor(means.labels_).long(), torch.as_tensor(test).long()
 
-# %% ../../nbs/lab/50_probes.ipynb #8d0c4da3
+# %% ../../nbs/lab/50_probes.ipynb #83ef3df7
 def residual_kmeans(
     task: FeatureTask,      # features with coarse and fine labels
 ) -> tuple[float, float]:   # agreement with the fine classes on train and on test samples, 0 to 1
@@ -258,12 +258,12 @@ def residual_kmeans(
     train, test = reconstructed_labels(task)
     return (train == task.fine).double().mean().item(), (test == task.fine_test).double().mean().item()
 
-# %% ../../nbs/lab/50_probes.ipynb #925cf321
+# %% ../../nbs/lab/50_probes.ipynb #8066ebb4
 def reconstructed_probe(
     task: FeatureTask,            # features with coarse and fine labels
     kind: str = "standardised",   # preparation, as in `fit_transform`
 ) -> ProbeResult:                 # accuracy on test features against the true fine labels
-    "A linear probe that is trained on reconstructed labels, and tested on the true ones. Raises as `linear_probe` does."
+    "A linear probe, trained on reconstructed labels and tested on the true ones. Raises as `linear_probe` does."
     labels, _ = reconstructed_labels(task)
     keep = labels.bincount()[labels] > 1                     # a cluster of one sample cannot be held out in part
     classes, y = labels[keep].unique(return_inverse=True)    # a class may have no cluster
