@@ -43,7 +43,8 @@ def _numbers(history, num_classes):
     "Values and control values of every claim."
     true, random, weak = "true labels", "random labels", "random labels, weak decay"
     end = lambda m, split, c, log=True: final(curves(history, m, split, condition=c), log=log)
-    reached = np.where(tpt_start(history, condition=random).isna(), np.nan, 1.0)    # not memorised: nothing is claimed
+    unreached = [tpt_start(history, condition=c).isna() for c in (random, weak)]
+    reached = np.where(np.any(unreached, axis=0), np.nan, 1.0)      # not memorised: nothing is claimed
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
     found = {"4a": (train[random], train[weak]),
