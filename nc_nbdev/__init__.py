@@ -54,9 +54,9 @@ _exports = {
     "measure_collapse": "geometry.measures",
     "measure_features": "geometry.measures",
     "test_collapse": "geometry.generalization",
-    "measure": "lab.taps",
+    "measure": "lab.report",
     "CollapseRecorder": "lab.recorder",
-    "reproduce": "studies",
+    "reproduce": "reproduce",
 }
 __all__ = list(_exports)
 

@@ -7,7 +7,7 @@ from fastai.callback.core import Callback, CancelFitException
 
 from nc_nbdev.lab.settings import SCALES, Settings
 from nc_nbdev.vision.models import model_names
-from nc_nbdev.vision.recipes import PRESETS, ImageRecipe, cost, image_base, image_grid
+from nc_nbdev.vision.recipes import PRESETS, ImageRecipe, image_base, image_grid
 from nc_nbdev.vision.sources import dataset_names
 from nc_nbdev.vision.training import learning_rate, train
 
@@ -90,7 +90,7 @@ def test_presets_name_only_what_there_is():
     assert tuple(PRESETS) == SCALES
     for preset in PRESETS.values():
         assert len(set(preset.grid)) == len(preset.grid)
-        for r in preset.grid: assert r.model in model_names and r.dataset in dataset_names and cost(r) > 0
+        for r in preset.grid: assert r.model in model_names and r.dataset in dataset_names and r.cost() > 0
         assert image_grid(Settings(preset=preset.name)) == preset.grid
 
 

@@ -1,20 +1,31 @@
-"""Runs on disk: killed and resumed, asked for twice, damaged or impossible."""
+"""Runs on disk: killed and resumed, asked for twice, damaged, renamed or impossible."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
 
-from nc_nbdev.lab.recorder import CollapseRecorder
-from nc_nbdev.lab.runs import get_run, get_runs
-from nc_nbdev.lab.settings import RunConfig, Settings, config_id
+from nc_nbdev.lab.runs import (
+    finished_runs,
+    get_run,
+    get_runs,
+    list_runs,
+    plan_table,
+    planned,
+    recipe_id,
+    snapshot_epochs,
+)
+from nc_nbdev.lab.settings import Settings
+from nc_nbdev.lab.store import DamagedFile
+from nc_nbdev.vision.recipes import ImageRecipe
 
-CONFIG = RunConfig(epochs=6, train_per_class=20, test_per_class=10, width=4, measure_points=8, snapshots=3)
+RECIPE = ImageRecipe(epochs=6, train_per_class=20, test_per_class=10, width=4, measure_points=8, snapshots=3)
 
 
 def settings(tmp_path):
@@ -25,55 +36,134 @@ def numbers(run):
     return run.history.drop(columns="run")
 
 
-def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path):
-    "SIGKILL as soon as the first checkpoint is there; the run asked for again ends with the numbers of one never cut off."
-    whole = get_run(CONFIG, settings(tmp_path / "whole"), progress=False)
-    config = replace(CONFIG)
-    folder = tmp_path / "cut" / "runs" / config_id(config)
-    code = ("from pathlib import Path\nfrom nc_nbdev.lab.settings import RunConfig\nfrom nc_nbdev.lab.runs import _train_run\n"
-            f"_train_run({config!r}, Path({str(folder)!r}), Path('data'), 'cpu', False, 0.0)")
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "A finished run, its settings."
+    here = settings(tmp_path_factory.mktemp("done"))
+    return get_run(RECIPE, here, progress=False), here
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    "A copy of it that a test may damage."
+    import shutil
+    run, here = done
+    shutil.copytree(here.runs_dir, tmp_path / "runs")
+    return get_run(RECIPE, settings(tmp_path), progress=False), settings(tmp_path)
+
+
+def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, done):
+    "SIGKILL as soon as the first checkpoint is there; the run that goes on ends with the numbers of one never cut off."
+    here = settings(tmp_path)
+    folder = here.runs_dir / recipe_id(RECIPE)
+    code = ("from pathlib import Path\nfrom nc_nbdev.vision.recipes import ImageRecipe\n"
+            "from nc_nbdev.lab.runs import Run, _train_run\n"
+            f"_train_run(Run({RECIPE!r}, Path({str(folder)!r})), 'cpu', False, 0.0)")
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.pth").exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(0.002)
+    while not (folder / "checkpoint.pth").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (folder / "checkpoint.pth").exists() and not (folder / "history.parquet").exists(), "the run was not cut off in the middle"
-    resumed = get_run(config, settings(tmp_path / "cut"), progress=False)
-    pd.testing.assert_frame_equal(numbers(resumed), numbers(whole), check_exact=True)
+    assert (folder / "checkpoint.pth").exists() and not (folder / "history.parquet").exists(), "not in the middle"
+    assert list_runs(here.runs_dir).finished.tolist() == [False]
+    pd.testing.assert_frame_equal(numbers(get_run(RECIPE, here, progress=False)), numbers(done[0]), check_exact=True)
 
 
 def test_several_at_once_are_the_same_as_one_by_one(tmp_path):
-    configs = [replace(CONFIG, seed=s) for s in (0, 1, 0)]
-    one_by_one = get_runs(configs, settings(tmp_path / "a"), progress=False, n_jobs=1)
-    together = get_runs(configs, settings(tmp_path / "b"), progress=False, n_jobs=2)
-    for a, b in zip(one_by_one, together, strict=True): pd.testing.assert_frame_equal(a.history, b.history, check_exact=True)
+    recipes = [replace(RECIPE, seed=s) for s in (0, 1, 0)]
+    one_by_one = get_runs(recipes, settings(tmp_path / "a"), progress=False, n_jobs=1)
+    together = get_runs(recipes, settings(tmp_path / "b"), progress=False, n_jobs=2)
+    for a, b in zip(one_by_one, together, strict=True):
+        pd.testing.assert_frame_equal(a.history, b.history, check_exact=True)
     assert one_by_one[0].folder == one_by_one[2].folder != one_by_one[1].folder
 
 
-def test_history_is_tidy(tmp_path):
-    history = get_run(CONFIG, settings(tmp_path), progress=False).history
-    assert list(history.columns) == ["run", "seed", "epoch", "split", "layer", "measure", "value"]
+def test_history_is_tidy(done):
+    history = done[0].history
+    assert list(history.columns) == ["run", "condition", "seed", "epoch", "split", "layer", "measure", "value"]
     assert not history.duplicated(["seed", "epoch", "split", "layer", "measure"]).any()
-    assert set(history.split) == {"train", "test", "seen"} and history.epoch.max() == CONFIG.epochs
-    wide = history[history.split == "test"].pivot_table(index=["epoch", "layer"], columns="measure", values="value").dropna(
-        subset=["weak_test_variance"])
-    assert len(wide) and (wide.weak_test_variance <= wide.test_variance).all() and (wide.test_variance <= wide.strong_test_variance).all()
+    assert set(history.split) == {"train", "test", "rest", "seen"} and history.epoch.max() == RECIPE.epochs
+    test = history[history.split == "test"]
+    wide = test.pivot_table(index=["epoch", "layer"], columns="measure", values="value")
+    wide = wide.dropna(subset="weak_test_variance")
+    order = ["weak_lower_variance", "weak_test_variance", "test_variance", "strong_test_variance"]
+    assert len(wide) and (wide[order].diff(axis=1).iloc[:, 1:] >= -1e-9).all().all()
 
 
-def test_kept_weights(tmp_path):
-    run = get_run(CONFIG, settings(tmp_path), progress=False)
+def test_kept_weights(done):
+    run, _ = done
     features, labels = run.features(0, split="test")
     assert labels.shape == (100,) and all(len(H) == 100 for H in features.values())
     with pytest.raises(ValueError, match="no weights of epoch 5; kept are"): run.model(5)
 
 
+@pytest.mark.parametrize("name", ["history.parquet", f"weights-{snapshot_epochs(RECIPE)[-1]:04d}.pth"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:]],
+                         ids=["truncated", "empty", "a flipped bit"])
+def test_damage_is_set_aside_and_trained_again(copied, done, name, damage):
+    run, here = copied
+    file = run.folder / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(UserWarning, match=name): again = get_run(RECIPE, here, progress=False)
+    pd.testing.assert_frame_equal(numbers(again), numbers(done[0]), check_exact=True)
+    assert (run.folder / f"{name}.damaged-1").exists() and again.model() is not None
+
+
+def test_a_folder_of_another_recipe_is_refused(copied):
+    run, here = copied
+    other = replace(RECIPE, lr=0.5)
+    run.folder.rename(run.folder.with_name(recipe_id(other)))
+    with pytest.raises(DamagedFile, match="holds another recipe"): get_run(other, here, progress=False)
+
+
+def test_runs_of_an_older_format_are_named_and_kept(tmp_path):
+    old = tmp_path / "runs" / "0123456789abcdef"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text(json.dumps({"dataset": "digits", "seed": 0}))
+    (old / "history.parquet").write_bytes(b"old")
+    table = list_runs(tmp_path / "runs")
+    assert table.loc["0123456789abcdef", "format"] == 1 and finished_runs(ImageRecipe, settings(tmp_path)) == []
+    get_run(replace(RECIPE, epochs=1), settings(tmp_path), progress=False)
+    assert (old / "history.parquet").read_bytes() == b"old"
+
+
+def test_a_new_field_orphans_no_run():
+    @dataclass(frozen=True)
+    class Later(ImageRecipe):
+        sharpness: float = 0.0
+    for changes in ({}, dict(seed=3), dict(lr=0.5, milestones=(0.5,))):
+        assert recipe_id(Later(**changes)) == recipe_id(ImageRecipe(**changes))
+    assert recipe_id(Later(sharpness=1.0)) != recipe_id(ImageRecipe())
+    assert recipe_id(ImageRecipe(seed=1)) != recipe_id(ImageRecipe(seed=2))
+
+
+@dataclass(frozen=True)
+class Fragile(ImageRecipe):
+    "A recipe of which seed 5 cannot be trained."
+    def learner(self, *args):
+        if self.seed == 5: raise ZeroDivisionError("no learner for this seed")
+        return super().learner(*args)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_one_that_fails_stops_no_other(tmp_path, n_jobs):
+    recipes = [Fragile(**{**vars(RECIPE), "epochs": 1, "seed": s}) for s in (5, 0, 1)]
+    with pytest.raises(RuntimeError, match="1 of 3 failed(.|\n)*seed=5(.|\n)*no learner for this seed"):
+        get_runs(recipes, settings(tmp_path), progress=False, n_jobs=n_jobs)
+    assert list_runs(tmp_path / "runs").finished.sum() == 2
+
+
+def test_the_plan_trains_nothing(tmp_path, done):
+    _, here = done
+    recipes = planned(lambda: get_runs([RECIPE, replace(RECIPE, seed=1)], here))
+    assert plan_table(recipes, here).state.tolist() == ["finished", "to train"]
+    assert recipes == [RECIPE, replace(RECIPE, seed=1)] and len(list_runs(here.runs_dir)) == 1
+    assert planned(lambda: None) == []
+
+
 def test_missing_data_set_says_what_to_do(tmp_path):
     lost = Settings(device="cpu", runs_dir=tmp_path / "runs", data_dir=tmp_path)
     with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
-        get_run(replace(CONFIG, dataset=str(tmp_path / "nowhere")), lost, progress=False)
+        get_run(replace(RECIPE, dataset=str(tmp_path / "nowhere")), lost, progress=False)
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("every", [0, -1, "often", 2.5])
-def test_recorder_rejects_every(every):
-    with pytest.raises(ValueError, match="expected a positive integer or 'log'"): CollapseRecorder(every=every)

@@ -6,7 +6,7 @@ Training runs on disk: `get_run` and `get_runs` take any recipe, train what is m
 
 # %% auto #0
 __all__ = ['FORMAT', 'recipe_id', 'measured_epochs', 'snapshot_epochs', 'Run', 'set_seed', 'SeedEachEpoch', 'one_thread',
-           'parallel', 'get_runs', 'get_run', 'list_runs', 'planned', 'plan_table']
+           'parallel', 'get_runs', 'get_run', 'list_runs', 'finished_runs', 'planned', 'plan_table']
 
 # %% ../../nbs/lab/40_runs.ipynb #64a6ff10
 import hashlib
@@ -32,7 +32,7 @@ from .settings import Settings, get_settings, log_epochs, pick_device
 from .store import DamagedFile, Entry
 from .taps import layer_features, tap_layers
 
-# %% ../../nbs/lab/40_runs.ipynb #341e05f0
+# %% ../../nbs/lab/40_runs.ipynb #32619d26
 FORMAT = 2     # of a run's folder
 
 def recipe_id(
@@ -41,13 +41,17 @@ def recipe_id(
     "The name of a run: its kind and a hash of the fields that differ from their defaults."
     kind = type(recipe)
     text = json.dumps([getattr(kind, "version", 1), _changed(recipe)], sort_keys=True)
-    return f"{getattr(kind, 'kind', kind.__name__)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{_kind(kind)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _kind(recipe_class): return getattr(recipe_class, "kind", recipe_class.__name__)
 
 
 def _changed(recipe):
     "The fields of a recipe that differ from their defaults, as JSON has them."
     none = type(MISSING)                # a class that came to a worker process has another MISSING
-    default = {f.name: f.default if isinstance(f.default_factory, none) else f.default_factory() for f in fields(recipe)}
+    value = lambda f: f.default if isinstance(f.default_factory, none) else f.default_factory()
+    default = {f.name: value(f) for f in fields(recipe)}
     changed = {name: value for name, value in asdict(recipe).items() if value != default[name]}
     return json.loads(json.dumps(changed))
 
@@ -99,11 +103,12 @@ class Run:
     def _loaders(self): return {}
 
     def model(self, epoch: int | None = None):
-        "The network after `epoch` epochs, default the last; in eval mode. Raises `ValueError` where no weights were kept."
+        "The network after `epoch` epochs, default the last; in eval mode. Raises `ValueError` where none was kept."
         import copy
         epoch = self.recipe.epochs if epoch is None else epoch
         if (name := f"weights-{epoch:04d}.pth") not in self.entry:
-            raise ValueError(f"run {self.folder.name}: no weights of epoch {epoch}; kept are {snapshot_epochs(self.recipe)}")
+            kept = snapshot_epochs(self.recipe)
+            raise ValueError(f"run {self.folder.name}: no weights of epoch {epoch}; kept are {kept}")
         model = copy.deepcopy(self._network)
         model.load_state_dict(torch.load(self.entry.path(name), map_location="cpu", weights_only=True))
         return model.eval()
@@ -118,7 +123,7 @@ class Run:
         model = self.model(epoch).to(device)
         return layer_features(model, self.loaders(device)[split], layers or tap_layers(model)[-1:])
 
-# %% ../../nbs/lab/40_runs.ipynb #9253215e
+# %% ../../nbs/lab/40_runs.ipynb #8934c4e3
 def set_seed(
     *key: int,  # integers of at least 0 that name the moment: seed, epoch, ...
 ):
@@ -135,7 +140,7 @@ class SeedEachEpoch(Callback):
         set_seed(self.seed, self.epoch)
         dl = self.dls.train
         if hasattr(dl, "set_epoch"): dl.set_epoch(self.epoch)
-        elif hasattr(dl, "rng"): dl.rng = random.Random(f"{self.seed} {self.epoch}")     # fastai's loader shuffles with its own
+        elif hasattr(dl, "rng"): dl.rng = random.Random(f"{self.seed} {self.epoch}")     # of a loader of fastai
     def before_validate(self): raise CancelValidException()
 
 
@@ -161,7 +166,8 @@ class _Checkpoint(Callback):
         done = self.epoch + 1
         self._keep(done)
         if time.monotonic() - self.saved < self.seconds: return
-        state = dict(epoch=done, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()), rows=self.recorder.rows)
+        state = dict(epoch=done, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()),
+                     rows=self.recorder.rows)
         with self.entry.write("checkpoint.pth") as draft: torch.save(state, draft)
         self.saved = time.monotonic()
 
@@ -171,7 +177,7 @@ class _Checkpoint(Callback):
 
 
 def _plain(state):
-    "The same with lists and dictionaries of Python only, which are safe to read back; fastai's optimisers hold its own."
+    "The same with lists and dictionaries of Python only, which are safe to read back; fastai has its own."
     if isinstance(state, dict): return {k: _plain(v) for k, v in state.items()}
     return [_plain(v) for v in state] if isinstance(state, (list, tuple, L)) else state
 
@@ -208,7 +214,8 @@ def _train_run(run, device, bar, seconds=30.0):
         if _finished(run): return "read"
         recipe, started = run.recipe, time.monotonic()
         learn, recorder = _learner(recipe, run.data_dir, device), _recorder(run, device)
-        run.entry.write_json("recipe.json", dict(format=FORMAT, kind=type(recipe).__name__, changed=_changed(recipe), **asdict(recipe)))
+        run.entry.write_json("recipe.json", dict(format=FORMAT, kind=_kind(type(recipe)), changed=_changed(recipe),
+                                               **asdict(recipe)))
         start = _resume(run.entry, learn, recorder)
         cbs = [SeedEachEpoch(recipe.seed), recorder, _Checkpoint(run, recorder, seconds)]
         with learn.no_bar(), learn.no_logging():
@@ -228,7 +235,7 @@ def _resume(entry, learn, recorder):
     recorder.rows = state["rows"]
     return state["epoch"]
 
-# %% ../../nbs/lab/40_runs.ipynb #801958ce
+# %% ../../nbs/lab/40_runs.ipynb #75f8a5a3
 def _finished(run):
     "Whether a run can be read. Raises `DamagedFile` for a folder of another recipe; damaged files are set aside."
     if "recipe.json" in run.entry and run.entry.sound("recipe.json"):
@@ -238,7 +245,7 @@ def _finished(run):
     return all([run.entry.sound(name) for name in
                 ("history.parquet", *(f"weights-{e:04d}.pth" for e in snapshot_epochs(run.recipe)))])
 
-# %% ../../nbs/lab/40_runs.ipynb #f7663524
+# %% ../../nbs/lab/40_runs.ipynb #1f75bf97
 def parallel(
     jobs,                        # (function, arguments...) each
     what: str,                   # what is being done, for the bar
@@ -249,14 +256,16 @@ def parallel(
     from joblib import Parallel, delayed
     jobs = list(jobs)
     n_jobs = max(1, min(len(jobs), n_jobs or os.cpu_count() or 1))
-    done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(delayed(_attempt)(i, *job) for i, job in enumerate(jobs))
+    calls = (delayed(_attempt)(i, *job) for i, job in enumerate(jobs))
+    done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
     bar = progress_bar(done, total=len(jobs), leave=False) if progress and jobs else done
     results, failed = [None] * len(jobs), []
     for i, result, error in bar:
         results[i] = result
         if error: failed.append(f"{jobs[i][1:]}: {error}")
         if progress: bar.comment = f"{what}, {n_jobs} at once"
-    if failed: raise RuntimeError(f"{what}: {len(failed)} of {len(jobs)} failed, the others are done\n" + "\n".join(failed))
+    if failed:
+        raise RuntimeError(f"{what}: {len(failed)} of {len(jobs)} failed, the others are done\n" + "\n".join(failed))
     return results
 
 
@@ -283,10 +292,9 @@ def get_runs(
     todo = [r for r in {r.folder: r for r in runs}.values() if not _finished(r)]
     for r in todo:
         if hasattr(r.recipe, "prepare"): r.recipe.prepare(r.data_dir)      # download once, and fail before any training
-    n_jobs = min(len(todo), n_jobs or (os.cpu_count() if device.type == "cpu" else 1))
-    if n_jobs > 1: parallel([(_train_run, r, device, False) for r in todo], "training", progress, n_jobs)
-    else:
-        for r in todo: _train_run(r, device, progress)
+    if len(todo) == 1: _train_run(todo[0], device, progress)               # its bar shows epochs
+    elif todo: parallel([(_train_run, r, device, False) for r in todo], "training", progress,
+                        n_jobs or (None if device.type == "cpu" else 1))
     return runs
 
 
@@ -315,7 +323,22 @@ def list_runs(
         rows.append({"run": folder.name, "format": 1, "finished": (folder / "history.parquet").exists(), **known})
     return pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame(columns=["format", "finished"])
 
-# %% ../../nbs/lab/40_runs.ipynb #60a13268
+# %% ../../nbs/lab/40_runs.ipynb #2bb2ac96
+def finished_runs(
+    kind: type,           # a class of recipes
+    settings: Settings,   # where runs are
+) -> list[Run]:           # those of this class that can be read
+    "Finished runs on disk, of whatever study."
+    found = []
+    for file in sorted(Path(settings.runs_dir).glob(f"{_kind(kind)}-*/recipe.json")):
+        known = json.loads(file.read_text())
+        if known["format"] != FORMAT or not (file.parent / "history.parquet").exists(): continue
+        fit = lambda v: tuple(v) if isinstance(v, list) else v                     # JSON has no tuples
+        recipe = kind(**{k: fit(v) for k, v in known["changed"].items()})
+        found.append(Run(recipe, file.parent, Path(settings.data_dir)))
+    return found
+
+# %% ../../nbs/lab/40_runs.ipynb #0a3550af
 def planned(
     call,           # a function without arguments that asks for runs
 ) -> list:          # of recipes, each once
@@ -331,11 +354,12 @@ def plan_table(
     recipes,              # from `planned`
     settings: Settings,   # where runs are
 ) -> pd.DataFrame:        # indexed by run: state, seconds it should take on one core (NaN where nobody knows)
-    "What is on disk, and how long the rest should take: by the recipe's `cost()`, scaled to this machine by its finished runs."
+    "What is on disk, and how long the rest should take by `recipe.cost()`, scaled by the runs finished here."
+    entry = lambda r: Entry(Path(settings.runs_dir) / recipe_id(r))
     state = lambda e: "finished" if "history.parquet" in e else "cut off" if "recipe.json" in e else "to train"
     cost = lambda r: float(r.cost()) if hasattr(r, "cost") else np.nan
-    table = pd.DataFrame([dict(run=recipe_id(r), state=state(Entry(Path(settings.runs_dir) / recipe_id(r))), expected=cost(r))
-                          for r in recipes], columns=["run", "state", "expected"]).set_index("run")
+    rows = [dict(run=recipe_id(r), state=state(entry(r)), expected=cost(r)) for r in recipes]
+    table = pd.DataFrame(rows, columns=["run", "state", "expected"]).set_index("run")
     taken = {run: json.loads(f.read_text()) for run in table.index
              if (f := Path(settings.runs_dir) / run / "seconds.json").exists()}
     ratio = (pd.Series(taken, dtype=float) / table.expected).median()

@@ -7,7 +7,7 @@ What all studies share: `study` makes a function a study, `Measured` is what it 
 # %% auto #0
 __all__ = ['Measured', 'StudyResult', 'study', 'imported_modules', 'code_used', 'condition_runs', 'histories']
 
-# %% ../../nbs/lab/70_studies.ipynb #d3a0387d
+# %% ../../nbs/lab/70_studies.ipynb #d85acf4d
 import ast
 import hashlib
 from collections.abc import Callable, Mapping
@@ -25,12 +25,12 @@ from .runs import Run, get_runs
 from .settings import Settings, get_settings
 from .store import Entry
 
-# %% ../../nbs/lab/70_studies.ipynb #2809da5d
+# %% ../../nbs/lab/70_studies.ipynb #a85e7952
 @dataclass(frozen=True)
 class Measured:
     "What the function of a study returns."
-    values: Mapping[str, tuple]                 # id of a statement, or "id.variant" -> (values, control values), one a seed
-    history: pd.DataFrame | None = None         # tidy
+    values: Mapping[str, tuple]               # id of a statement, or "id.variant" -> (values, control values)
+    history: pd.DataFrame | None = None       # tidy
     figures: Mapping[str, plt.Figure] = field(default_factory=dict)   # by name
     notes: Mapping[str, str] = field(default_factory=dict)    # id -> why it was not measured, or what to know
     labels: Mapping[str, str] = field(default_factory=dict)   # variant -> what a reader should see
@@ -48,7 +48,8 @@ class StudyResult:
     def figure(self, name: str):
         "A picture of the study. Raises `ValueError` for one that it does not draw."
         from IPython.display import Image
-        if name not in self.figures: raise ValueError(f"{self.name} draws no {name!r}: expected one of {sorted(self.figures)}")
+        if name not in self.figures:
+            raise ValueError(f"{self.name} draws no {name!r}: expected one of {sorted(self.figures)}")
         return Image(self.figures[name])
 
     def __getitem__(self, id: str) -> Claim:
@@ -61,27 +62,28 @@ class StudyResult:
         return f"{self.title}: {sum(c.verdict == 'holds' for c in self.claims)} of {len(self.claims)} claims hold"
     def _repr_html_(self): return scoreboard(self.claims)._repr_html_()
 
-# %% ../../nbs/lab/70_studies.ipynb #179a99e1
+# %% ../../nbs/lab/70_studies.ipynb #8b74b5eb
 def study(
     name: str,                                # on the command line
     title: str,                               # as a heading
     statements: tuple[Statement, ...],        # declared before measuring
-) -> Callable:   # decorates run(settings, progress) -> Measured; the result is run(settings=None, progress=True) -> StudyResult
-    "Make a function a study. Its result is kept, and read again while settings and the code that it uses are the same."
+) -> Callable:   # from run(settings, progress) -> Measured to run(settings=None, progress=True) -> StudyResult
+    "Make a function a study. Its result is kept, and read while settings and the code that it uses are the same."
     def decorate(measure):
         @wraps(measure)
         def run(settings: Settings | None = None, progress: bool = True) -> StudyResult:
             settings = settings or get_settings()
-            entry = None if measure.__module__ == "__main__" else _entry(name, measure.__module__, settings)
-            if entry is not None and entry.sound("result.json"): return _read(entry)
-            result = _compute(name, title, statements, measure, settings, progress)
-            if entry is not None: _write(entry, result)
-            return result
+            compute = lambda: _compute(name, title, statements, measure, settings, progress)
+            if measure.__module__ == "__main__": return compute()
+            entry = _entry(name, measure.__module__, settings)
+            with entry.lock():                    # who comes second waits, and reads
+                if not entry.sound("result.json"): _write(entry, compute())
+                return _read(entry)
         run.name, run.title, run.statements, run.measure = name, title, statements, measure
         return run
     return decorate
 
-# %% ../../nbs/lab/70_studies.ipynb #75030ec9
+# %% ../../nbs/lab/70_studies.ipynb #634339c8
 def _compute(name, title, statements, measure, settings, progress):
     "Run a study's function; its numbers become claims."
     with plt.style.context("nc_nbdev.house"):
@@ -106,7 +108,7 @@ def _claims(name, statements, found, scale):
             claims.append(replace(claim, id=id, statement=f"{s.statement} ({label})" if label else s.statement))
     return claims
 
-# %% ../../nbs/lab/70_studies.ipynb #1f5e98b5
+# %% ../../nbs/lab/70_studies.ipynb #8934a963
 def imported_modules(
     source: str,    # Python source
     package: str,   # the package that the module is in, for relative imports
@@ -133,10 +135,11 @@ def code_used(
         except (ModuleNotFoundError, ValueError): continue          # a function or a class, not a module
         if spec is None or not spec.origin: continue
         found[name] = Path(spec.origin)
-        if found[name].name != "__init__.py": todo += imported_modules(found[name].read_text(encoding="utf-8"), name.rpartition(".")[0])
+        if found[name].name == "__init__.py": continue
+        todo += imported_modules(found[name].read_text(encoding="utf-8"), name.rpartition(".")[0])
     return found
 
-# %% ../../nbs/lab/70_studies.ipynb #c829099d
+# %% ../../nbs/lab/70_studies.ipynb #6b879882
 def _entry(name, module, settings):
     "Where the result of a study is kept."
     said = (settings.preset, settings.seeds, settings.first_seed, settings.datasets, sorted(settings.overrides.items()))
@@ -158,16 +161,18 @@ def _read(entry):
     "A kept result. Raises `DamagedFile` for a file that is not what was written."
     said = entry.read_json("result.json")
     figures = {name: entry.path(f"{name}.png").read_bytes() for name in said["figures"]}
-    return StudyResult(said["name"], said["title"], load_claims(entry.path("claims.json")), entry.read_table("history.parquet"), figures)
+    claims, history = load_claims(entry.path("claims.json")), entry.read_table("history.parquet")
+    return StudyResult(said["name"], said["title"], claims, history, figures)
 
-# %% ../../nbs/lab/70_studies.ipynb #8545b3f9
+# %% ../../nbs/lab/70_studies.ipynb #fa32f26c
 def condition_runs(
     conditions: Mapping,     # name of a condition -> recipe; its seed is replaced
     settings: Settings,      # seeds, folders, device
     progress: bool = True,   # show a bar
 ) -> dict[str, list[Run]]:   # condition -> a run a seed
     "Runs of every condition with every seed, trained or read."
-    runs = iter(get_runs([replace(r, seed=s) for r in conditions.values() for s in settings.seed_range], settings, progress))
+    recipes = [replace(r, seed=s) for r in conditions.values() for s in settings.seed_range]
+    runs = iter(get_runs(recipes, settings, progress))
     return {name: [next(runs) for _ in settings.seed_range] for name in conditions}
 
 
@@ -178,4 +183,5 @@ def histories(
 ) -> pd.DataFrame:           # tidy
     "The histories of every condition with every seed in one table."
     runs = condition_runs(conditions, settings, progress)
-    return pd.concat([r.history.assign(condition=name) for name, group in runs.items() for r in group], ignore_index=True)
+    tables = [r.history.assign(condition=name) for name, group in runs.items() for r in group]
+    return pd.concat(tables, ignore_index=True)
