@@ -276,7 +276,7 @@ class Snapshot(NamedTuple):
 
 def descend(
     model: FreeFeatures,           # its parameters are changed in place
-    at: Iterable[int],             # steps at which to keep a copy; it stops at the last
+    at: Iterable[int],             # steps at which to keep a copy; descent stops at the last
     rate: float | Callable = 2.0,  # size of a step; or a function of (model, loss (R,)) that gives it, a number or (R,)
     boost: float = 1.0,            # how many times larger the step of the features is
     objective: Callable | None = None,  # of the model, a number or (R,); default `model()`
@@ -286,6 +286,7 @@ def descend(
     parts, objective = list(model.parameters()), objective or (lambda m: m())
     for step in range(max(at) + 1):
         if step in at: kept.append(Snapshot(step, time, deepcopy(model)))
+        if step == max(at): break
         loss = objective(model)
         dt = torch.as_tensor(rate(model, loss.detach()) if callable(rate) else rate).expand(time.shape)
         for p, g in zip(parts, torch.autograd.grad(loss.sum(), parts), strict=True):
