@@ -18,6 +18,23 @@ from nc_nbdev.vision.transfer import measure_transfer
 
 # -- data --------------------------------------------------------------------------------------------------------
 
+def test_letters():
+    data = font_letters(8, per_class=24)
+    assert data.image_shape == (1, 8, 8) and data.num_classes == 10 and data.test_labels.bincount().tolist() == [6] * 10
+    assert torch.equal(data.train_images, font_letters(8, per_class=24).train_images)
+    assert not torch.equal(data.train_images, font_letters(8, per_class=24, seed=1).train_images)
+    assert linear_probe(transfer.pixel_task(data)).accuracy > 0.4       # there is something to read
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (1, 16, 16), (3, 32, 32)])
+def test_adapted_images(shape):
+    data = font_letters(16, per_class=4)
+    found = adapt_images(data, shape)
+    assert found.image_shape == shape and torch.equal(found.train_labels, data.train_labels)
+    assert abs(found.train_images.float().mean() - data.train_images.float().mean()) < 2
+    assert torch.equal(adapt_images(data, data.image_shape).train_images, data.train_images)
+
+
 def test_other_data_that_is_there_is_used(tmp_path):
     from PIL import Image
     recipe = ImageRecipe(dataset="digits")
@@ -57,7 +74,7 @@ def test_every_measure_of_every_layer(run):
     task = transfer.feature_tasks(run, 3, ("pool",))["pool"]
     expected = {"probe_raw": linear_probe(task, "raw").accuracy, "reconstructed": reconstructed_probe(task).accuracy}
     for measure, value in expected.items():
-        assert table.query("epoch == 3 and layer == 'pool' and measure == @measure").value.item() == value
+        assert table[(table.epoch == 3) & (table.layer == "pool") & (table.measure == measure)].value.item() == value
 
 
 def test_what_is_known_is_read(run, monkeypatch):

@@ -120,7 +120,7 @@ def fit_logistic(
     ridge = X.new_full((X.shape[1],), 1 / (C * N))
     ridge[-1] = 0
     f = lambda A: (F.cross_entropy(X @ A.T, y) + (A.square() * ridge).sum() / 2).item()
-    A = X.new_zeros(K, X.shape[1]) if start is None else start - start.mean(0)    # columns sum to 0, as at the optimum
+    A = X.new_zeros(K, X.shape[1]) if start is None else start - start.mean(0)   # columns sum to 0
     value, gap, step, iterations = f(A), np.inf, 0, np.inf
     while gap >= tol and step < max_steps:
         P = (X @ A.T).softmax(1)                                                  # (N, K)
@@ -130,7 +130,7 @@ def fit_logistic(
         gap, step, t = -(G * S).sum().item() / 2, step + 1, 1.0
         while (new := f(A + t * S)) > value - 2e-4 * t * gap + 1e-15 and t > 1e-9: t /= 2   # Armijo
         A, value = A + t * S, new
-    if not gap < tol: warnings.warn(f"logistic regression: gap {gap:.0e} after {step} steps, not {tol:.0e}", stacklevel=2)
+    if not gap < tol: warnings.warn(f"logistic fit: gap {gap:.0e} after {step} steps, not {tol:g}", stacklevel=2)
     return LogisticFit(A, value, gap, step)
 
 # %% ../../nbs/lab/50_probes.ipynb #59ec078f
@@ -240,6 +240,13 @@ def reconstructed_labels(
     return labels, labels_test
 
 # %% ../../nbs/lab/50_probes.ipynb #cff43708
+def residual_kmeans(
+    task: FeatureTask,      # features with coarse and fine labels
+) -> tuple[float, float]:   # agreement with the fine classes on train and on test samples, 0 to 1
+    "K-means of the residuals h - mu_coarse against the fine labels (after Yang, Steinhardt, Hu 2306.17105)."
+    train, test = reconstructed_labels(task)
+    return (train == task.fine).double().mean().item(), (test == task.fine_test).double().mean().item()
+
 def _clusters(H, H_test, count):
     "Clusters of features (N, D), and the nearest of their centres for other features: int64 on the CPU."
     from sklearn.cluster import KMeans
@@ -250,15 +257,7 @@ def _clusters(H, H_test, count):
     test = means.predict(((H_test - centre) / scale).numpy()) if len(H_test) else []
     return torch.as_tensor(means.labels_).long(), torch.as_tensor(test).long()
 
-# %% ../../nbs/lab/50_probes.ipynb #83ef3df7
-def residual_kmeans(
-    task: FeatureTask,      # features with coarse and fine labels
-) -> tuple[float, float]:   # agreement with the fine classes on train and on test samples, 0 to 1
-    "K-means of the residuals h - mu_coarse against the fine labels (after Yang, Steinhardt, Hu 2306.17105)."
-    train, test = reconstructed_labels(task)
-    return (train == task.fine).double().mean().item(), (test == task.fine_test).double().mean().item()
-
-# %% ../../nbs/lab/50_probes.ipynb #8066ebb4
+# %% ../../nbs/lab/50_probes.ipynb #e5997923
 def reconstructed_probe(
     task: FeatureTask,            # features with coarse and fine labels
     kind: str = "standardised",   # preparation, as in `fit_transform`
@@ -278,7 +277,7 @@ def few_shot(
     task: FeatureTask,    # features and fine labels of a train and a test set
     shots: int = 5,       # examples a class; all there are where a class has fewer
 ) -> float:               # mean accuracy on test features over 20 random choices of examples
-    "Accuracy of the nearest centre, the centres being means of a few train examples (Galanti, György, Hutter 2112.15121)."
+    "Accuracy of the nearest centre; centres are means of a few train examples (Galanti, György, Hutter 2112.15121)."
     generator, right = torch.Generator().manual_seed(0), []
     for _ in range(20):
         order = torch.randperm(len(task.fine), generator=generator).to(task.fine.device)

@@ -8,7 +8,7 @@ Transfer from the snapshots of an image run: probes of any layer (`measure_trans
 __all__ = ['MEASURES', 'VERSION', 'OTHER_DATA', 'measure_transfer', 'fine_labels', 'feature_tasks', 'pixel_task', 'measure_runs',
            'fine_tune', 'fine_tune_history', 'other_data', 'other_task', 'other_data_history']
 
-# %% ../../nbs/vision/50_transfer.ipynb #b7fafaf9
+# %% ../../nbs/vision/50_transfer.ipynb #7095724a
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ from .recipes import ImageRecipe
 from .sources import adapt_images, font_letters, load_dataset
 from .training import make_learner, train
 
-# %% ../../nbs/vision/50_transfer.ipynb #90c8bca2
+# %% ../../nbs/vision/50_transfer.ipynb #44f77f2a
 def _probe(name, kind, **options):
     "A question to `linear_probe`."
     def measure(task):
@@ -47,7 +47,7 @@ MEASURES = {
     "reconstructed": lambda task: {"reconstructed": reconstructed_probe(task).accuracy},
 }
 
-# %% ../../nbs/vision/50_transfer.ipynb #8bb0af60
+# %% ../../nbs/vision/50_transfer.ipynb #78acdb13
 VERSION = 1   # goes up when a measure changes, so that answers kept on disk are not taken for new ones
 
 def measure_transfer(
@@ -68,7 +68,7 @@ def measure_transfer(
         rows += [(epoch, keys[key][0], measure, v) for key, values in found.items() for measure, v in values.items()]
     return _rows(run, rows)
 
-# %% ../../nbs/vision/50_transfer.ipynb #01b66297
+# %% ../../nbs/vision/50_transfer.ipynb #5f45d3ec
 def _ask(run, epoch, keys, device):
     "A function that answers some of the keys (layer, measure) of a snapshot, with one forward pass."
     def compute(missing):
@@ -87,7 +87,7 @@ def _rows(run, rows):
     rows = [dict(epoch=e, split="test", layer=layer, measure=m, value=v) for e, layer, m, v in rows]
     return as_history(rows, run=run.folder.name, seed=run.recipe.seed)
 
-# %% ../../nbs/vision/50_transfer.ipynb #cf08e149
+# %% ../../nbs/vision/50_transfer.ipynb #a843df02
 def fine_labels(
     data: ImageData,  # of a run
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:  # train (N,), test (N',), names
@@ -96,7 +96,7 @@ def fine_labels(
     clean = data.train_labels if data.clean_train_labels is None else data.clean_train_labels
     return clean, data.test_labels, data.classes
 
-# %% ../../nbs/vision/50_transfer.ipynb #8b5e5c74
+# %% ../../nbs/vision/50_transfer.ipynb #a90c87a1
 def feature_tasks(
     run: Run,                # a finished run
     epoch: int,              # one of its snapshots
@@ -108,7 +108,7 @@ def feature_tasks(
     fine, fine_test = (y.to(coarse.device) for y in fine_labels(run.data)[:2])
     return {layer: FeatureTask(train[layer], fine, coarse, test[layer], fine_test, coarse_test) for layer in layers}
 
-# %% ../../nbs/vision/50_transfer.ipynb #0910042b
+# %% ../../nbs/vision/50_transfer.ipynb #587d8d58
 def pixel_task(
     data: ImageData,      # a data set, coarse or not
 ) -> FeatureTask:         # float64 pixels in 0..1, or principal components
@@ -121,7 +121,7 @@ def pixel_task(
         X, X_test = (X - mu) @ V, (X_test - mu) @ V
     return FeatureTask(X, fine, data.train_labels, X_test, fine_test, data.test_labels)
 
-# %% ../../nbs/vision/50_transfer.ipynb #50abf48d
+# %% ../../nbs/vision/50_transfer.ipynb #00616b04
 def measure_runs(
     jobs,                   # iterable of (function, run, arguments by name); a function such as `measure_transfer`
     device: str | torch.device = "cpu",   # where the networks run; MPS has no float64 and is replaced by the CPU
@@ -134,7 +134,7 @@ def measure_runs(
 
 def _measure(function, run, kwargs, device): return function(run, **kwargs, device=device)
 
-# %% ../../nbs/vision/50_transfer.ipynb #9e16af02
+# %% ../../nbs/vision/50_transfer.ipynb #d18a8b3b
 def fine_tune(
     run: Run,               # a finished run
     epoch: int,             # snapshot to start from
@@ -153,14 +153,14 @@ def fine_tune(
         right = torch.cat([learn.model(x).argmax(1) == y for x, y in learn.dls.valid])
     return right.double().mean().item()
 
-# %% ../../nbs/vision/50_transfer.ipynb #bd6cec2f
+# %% ../../nbs/vision/50_transfer.ipynb #84e632de
 def _fine_data(data):
     "The same images with the fine labels as the task."
     fine, fine_test, classes = fine_labels(data)
     return replace(data, train_labels=fine, test_labels=fine_test, classes=classes, clean_train_labels=None,
                    fine_train_labels=None, fine_test_labels=None, fine_classes=())
 
-# %% ../../nbs/vision/50_transfer.ipynb #95b299c6
+# %% ../../nbs/vision/50_transfer.ipynb #341f62e8
 def fine_tune_history(
     run: Run,                             # a finished run
     epochs: Sequence[int] | None = None,  # snapshots, default all
@@ -172,7 +172,7 @@ def fine_tune_history(
     found = run.entry.cached(f"fine-tune-{VERSION}.json", keys, compute)
     return _rows(run, [(keys[k], "output", "fine_tune", v) for k, v in found.items()])
 
-# %% ../../nbs/vision/50_transfer.ipynb #211d54e2
+# %% ../../nbs/vision/50_transfer.ipynb #d578b1c9
 OTHER_DATA = {"digits": ("mnist", "fashion_mnist"), "mnist": ("fashion_mnist",), "fashion_mnist": ("mnist",),
               "cifar10": ("stl10", "cifar100"), "cifar100": ("cifar10",), "stl10": ("cifar10",),
               "svhn": ("mnist", "cifar10")}
@@ -190,7 +190,7 @@ def other_data(
         found.append(data.subset(*(min(100, n) for n in least)))
     return found, missing
 
-# %% ../../nbs/vision/50_transfer.ipynb #1d74f874
+# %% ../../nbs/vision/50_transfer.ipynb #70fcb8e2
 def other_task(
     run: Run,            # a finished run
     epoch: int,          # snapshot
@@ -206,7 +206,7 @@ def other_task(
         parts += [features[layer], y, y]
     return FeatureTask(*parts)
 
-# %% ../../nbs/vision/50_transfer.ipynb #3026dbb7
+# %% ../../nbs/vision/50_transfer.ipynb #5ca1da4c
 def other_data_history(
     run: Run,                             # a finished run
     others: Sequence[ImageData],          # from `other_data`
