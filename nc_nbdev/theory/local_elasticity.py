@@ -130,7 +130,7 @@ def class_steps(
             residuals.append((F.one_hot(y[chosen], K) - z[chosen].softmax(dim=1)).double().mean(dim=0))
     return torch.stack(changes), torch.stack(residuals)
 
-
+# %% ../../nbs/theory/80_local_elasticity.ipynb #38ace75c
 def elasticities(
     change: Tensor,  # (K, B, K) from `class_steps`
     residual: Tensor,  # (K, K) from `class_steps`
@@ -258,7 +258,7 @@ def run_local_elasticity(settings: Settings, progress: bool) -> Measured:
     rows = [_as_rows(t, s) for t, s in zip(tables, seeds, strict=True)]
     return Measured(values, history=pd.concat(rows, ignore_index=True), labels=labels)
 
-
+# %% ../../nbs/theory/80_local_elasticity.ipynb #ed32ceae
 def _as_rows(table, seed):
     "A table of `measure_elasticity` as a tidy history."
     long = table.reset_index().melt("epoch", var_name="measure").assign(split="train", layer="head")

@@ -99,7 +99,7 @@ def _few_shot_error(H, y, shots):
     a, b = ((H[i::2], y[i::2], y[i::2]) for i in (0, 1))
     return 1 - (few_shot(FeatureTask(*a, *b), shots) + few_shot(FeatureTask(*b, *a), shots)) / 2
 
-
+# %% ../../nbs/theory/90_transfer_bound.ipynb #2a5a6ed1
 def transfer_table(
     run: Run,  # of a `transfer_recipe`
     unseen: tuple[int, ...],  # labels of the unseen classes
@@ -178,7 +178,7 @@ def run_transfer_bound(settings: Settings, progress: bool) -> Measured:
     values |= {id: (f("trained"), f("untrained")) for id, f in ratio.items()}
     return Measured(values, history=pd.concat([_as_rows(t, *key) for key, t in tables.items()], ignore_index=True))
 
-
+# %% ../../nbs/theory/90_transfer_bound.ipynb #3704b3f9
 def _as_rows(table, kind, num_sources, seed):
     "A table of `transfer_table` as a tidy history."
     long = table.rename_axis("split").reset_index().melt("split", var_name="measure").assign(epoch=-1, layer="last")
