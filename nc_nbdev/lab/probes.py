@@ -257,7 +257,7 @@ def _clusters(H, H_test, count):
     test = means.predict(((H_test - centre) / scale).numpy()) if len(H_test) else []
     return torch.as_tensor(means.labels_).long(), torch.as_tensor(test).long()
 
-# %% ../../nbs/lab/50_probes.ipynb #e5997923
+# %% ../../nbs/lab/50_probes.ipynb #972730c5
 def reconstructed_probe(
     task: FeatureTask,            # features with coarse and fine labels
     kind: str = "standardised",   # preparation, as in `fit_transform`
