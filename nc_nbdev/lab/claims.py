@@ -1,4 +1,4 @@
-"""A claim is stated before it is measured: the quantity, the bar, the control that must fail. The verdict is computed.
+"""A claim is stated before it is measured: the quantity, the bar, and the control that must not pass the bar. The verdict is computed.
 
 Claims as data: what is stated before measuring (`Statement`), what was measured (`Claim`) with its intervals and its computed verdict, and the tables of both (`expectations`, `scoreboard`, `compare_scales`)."""
 
@@ -77,8 +77,8 @@ class Statement:
 
     def claim(self, values, control_values, **more) -> "Claim":
         "The claim that the numbers of all seeds make; `more` are further fields of `Claim`."
-        shared = {f: getattr(self, f) for f in ("id", "statement", "quantity", "control", "bar", "direction", "interval",
-                                                "primary", "source", "paired")}
+        names = "id statement quantity control bar direction interval primary source paired"
+        shared = {name: getattr(self, name) for name in names.split()}
         return Claim(**{**shared, "values": values, "control_values": control_values, **more})
 
 # %% ../../nbs/lab/60_claims.ipynb #d7e3b8bf

@@ -1,4 +1,4 @@
-"""Everything that was measured in training is one tidy table, and five questions are asked of it.
+"""All numbers that are measured in training stand in one tidy table. This page has the functions that read it.
 
 The tidy table of a training history and its queries: curves by seed (`curves`), the start of the terminal phase (`tpt_start`), a value at an epoch (`value_at`), at the end (`final`), the fall over the terminal phase (`fall`) and the late slope (`late_slope`)."""
 

@@ -1,4 +1,4 @@
-"""A run is trained once. Asking for it again reads it, and one that was cut off goes on where it stopped.
+"""A run is trained once. When you ask for it again it is read from disk. A run that was cut off goes on where it stopped.
 
 Training runs on disk: `get_run` and `get_runs` take any recipe, train what is missing, resume what was cut off, and read what is there (`Run`)."""
 

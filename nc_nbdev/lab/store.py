@@ -1,4 +1,4 @@
-"""Files that are whole or not there, with checksums that are looked at when they are read.
+"""Every file is written whole or not at all, and its checksum is compared when it is read.
 
 Files on disk that can be trusted: `atomic` writes, and `Entry`, a folder of files with checksums and a lock, used for runs, results of studies, decoded data and probes."""
 
@@ -88,7 +88,7 @@ def write(
         yield draft
         digest = _sha256(draft)
         with self.lock("manifest"), atomic(self.folder / "manifest.json") as list_draft:
-            known = self.manifest()     # the old digest stays beside the new one: a process may die before the file is moved
+            known = self.manifest()     # keeps the old digest too: a process may die before the file is moved
             list_draft.write_text(json.dumps({**known, name: [digest, *known.get(name, [])[:1]]}, indent=1))
 
 @patch

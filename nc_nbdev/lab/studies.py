@@ -1,4 +1,4 @@
-"""A study declares its claims first. One decorator does what all studies share: settings, style, verdicts, and a result that is kept until the code it uses changes.
+"""A study declares its claims first. One decorator does what all studies need: it reads the settings, computes the verdicts, and keeps the result until the code that the study uses changes.
 
 What all studies share: `study` makes a function a study, `Measured` is what it returns, `StudyResult` what a reader gets, and `histories` trains every condition with every seed."""
 
