@@ -1,5 +1,6 @@
-"""The closed forms of the unconstrained features models against slow, independent computations; and that a wrong formula would be seen.
+"""The closed forms of the unconstrained features models against slow, independent computations.
 
+And that a wrong formula would be seen.
 Identities stand here and not among the claims: they hold for every input or the code is wrong.
 """
 
@@ -47,10 +48,11 @@ def reference(model):
 
 
 @few
-@given(build("ce"), st.sampled_from(["ce", "mse"]), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(build("ce"), st.sampled_from(["ce", "mse"]), *[st.booleans()] * 3, st.integers(0, 99))
 def test_the_objective_is_the_formula(problem, loss, relu, hidden, uneven, seed):
     K = problem.num_classes
-    lists = dict(shares=tuple(2 * (c + 1) / K / (K + 1) for c in range(K)), costs=tuple(range(1, K + 1))) if uneven else {}
+    rising = tuple(range(1, K + 1))
+    lists = dict(shares=tuple(c / sum(rising) for c in rising), costs=rising) if uneven else {}
     layers = ((K, 0.1), (3, 0.3)) if hidden else ()
     model = FreeFeatures(replace(problem, loss=loss, relu=relu, hidden=layers, **lists), seed)
     assert model().item() == pytest.approx(reference(model).item(), rel=1e-12)
@@ -86,7 +88,8 @@ def test_a_flow_keeps_its_time_and_boosts_features():
 
 
 def test_a_tiny_loss_keeps_its_digits():
-    model = FreeFeatures.at(Problem(tau=300.0, lb=math.inf), simplex_etf(4, 6).repeat_interleave(5, 0), simplex_etf(4, 6))
+    corners = simplex_etf(4, 6)
+    model = FreeFeatures.at(Problem(tau=300.0, lb=math.inf), corners.repeat_interleave(5, 0), corners)
     assert model.losses()[0].item() == pytest.approx(3 * math.exp(-400), rel=1e-12)
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(model.losses().sum(), list(model.parameters())))
 
@@ -104,8 +107,8 @@ def test_minimise_says_where_it_did_not_arrive():
 
 
 def test_bad_problems():
-    for wrong in (dict(loss="hinge"), dict(num_classes=1), dict(dim=0), dict(lw=-1.0), dict(tau=0.0), dict(shares=(0.5, 0.5)),
-                  dict(shares=(0.1,) * 4), dict(costs=(1, 1, 1, 0)), dict(sphere=True)):
+    for wrong in (dict(loss="hinge"), dict(num_classes=1), dict(dim=0), dict(lw=-1.0), dict(tau=0.0),
+                  dict(shares=(0.5, 0.5)), dict(shares=(0.1,) * 4), dict(costs=(1, 1, 1, 0)), dict(sphere=True)):
         with pytest.raises(ValueError, match="expected|no bias"): Problem(**wrong)
     with pytest.raises(ValueError, match="anchor of shape"): FreeFeatures(Problem(), anchor=torch.zeros(2, 2))
 
@@ -126,7 +129,8 @@ def test_ce_minimum_is_the_minimum_of_the_scalar_problem(problem):
 @few
 @given(build("ce"), build("mse"))
 def test_closed_forms_have_no_gradient_and_their_loss(first, second):
-    for problem, solution, minimum in ((first, ce.ce_solution, ce.ce_minimum), (second, mse.mse_solution, mse.mse_minimum)):
+    both = (first, ce.ce_solution, ce.ce_minimum), (second, mse.mse_solution, mse.mse_minimum)
+    for problem, solution, minimum in both:
         model = solution(problem)
         assert largest_gradient(model) < 1e-12
         assert model().item() == pytest.approx(minimum(problem).loss, rel=1e-12)
@@ -134,7 +138,8 @@ def test_closed_forms_have_no_gradient_and_their_loss(first, second):
         assert model.H.detach().norm().item() == pytest.approx(minimum(problem).feature_norm, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("margin", [lambda K, k: math.log(1 / k + (K - 1)), lambda K, k: math.log(1 / k - K), lambda K, k: -math.log(k)])
+@pytest.mark.parametrize("margin", [
+    lambda K, k: math.log(1 / k + (K - 1)), lambda K, k: math.log(1 / k - K), lambda K, k: -math.log(k)])
 def test_a_wrong_margin_would_be_seen(margin, monkeypatch):
     problem = Problem()
     closed = ce.ce_minimum(problem)
@@ -180,7 +185,8 @@ def test_laws_solve_their_differential_equations():
     slope = lambda law, t: (law(t * (1 + 1e-4)) - law(t * (1 - 1e-4))) / (2e-4 * t)
     for t in (3.0, 1e3, 1e9):
         s = ce.flow_margin(t, problem)
-        assert slope(lambda x: ce.flow_margin(x, problem), t) == pytest.approx(2 / math.sqrt(n) * s / (math.exp(s) + K - 1), rel=1e-4)
+        speed = 2 / math.sqrt(n) * s / (math.exp(s) + K - 1)
+        assert slope(lambda x: ce.flow_margin(x, problem), t) == pytest.approx(speed, rel=1e-4)
     for whiten, rhs in ((False, lambda w: K / N * w / (K + w**2) ** 2), (True, lambda w: w / (K + w**2) / N)):
         law = lambda t: mse.renormalised_law(0.4, t, problem, whiten)  # noqa: B023
         for t in (5.0, 300.0, 2e4):

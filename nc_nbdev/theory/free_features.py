@@ -288,7 +288,8 @@ def descend(
         if step in at: kept.append(Snapshot(step, time, deepcopy(model)))
         if step == max(at): break
         loss = objective(model)
-        dt = torch.as_tensor(rate(model, loss.detach()) if callable(rate) else rate).expand(time.shape)
+        dt = rate(model, loss.detach()) if callable(rate) else rate
+        dt = torch.as_tensor(dt, dtype=torch.float64).expand(time.shape)
         for p, g in zip(parts, torch.autograd.grad(loss.sum(), parts), strict=True):
             _move(p, g, dt * (boost if p is model.H else 1), model.problem.sphere)
         time = time + dt

@@ -69,11 +69,11 @@ def _end(model):
     values = torch.linalg.svdvals(model.logits().detach())[:K] / math.sqrt(model.problem.per_class)
     return dict(frame=frame, worst=worst_measure(layer, skip=("nc3_bias",)), values=values)
 
-# %% ../../nbs/theory/20_unconstrained_mse.ipynb #e1f71470
+# %% ../../nbs/theory/20_unconstrained_mse.ipynb #952f2bb3
 def linear_rate(
     problem: Problem,  # with squared error; its K and n
 ) -> float:            # per unit of time
-    "The rate 1/(K sqrt(n)) at which features and classifier grow from a small start (after Mixon et al. 2020, 2011.11619)."
+    "The rate 1/(K sqrt(n)) of growth from a small start (after Mixon et al. 2020, 2011.11619)."
     return 1 / (problem.num_classes * math.sqrt(problem.per_class))
 
 
@@ -154,17 +154,21 @@ CLAIMS = (
     Statement("T2a", "Without bias classifier and class means form an orthogonal frame, from every start",
               "worst distance from the frame, and nc1_trace", "free bias", at_most=1e-3, interval="log-t",
               source="Tirer, Bruna 2022, 2202.08087"),
-    Statement("T2b", "With a free bias they form a simplex, from every start", "worst of all measures, nc3_bias left out",
-              "no bias", at_most=1e-3, interval="log-t", source="Tirer, Bruna 2022, 2202.08087; Zhou et al. 2022, 2203.01238"),
+    Statement("T2b", "With a free bias they form a simplex, from every start",
+              "worst of all measures, nc3_bias left out", "no bias", at_most=1e-3, interval="log-t",
+              source="Tirer, Bruna 2022, 2202.08087; Zhou et al. 2022, 2203.01238"),
     Statement("T2c", "Singular values are soft thresholds, x = (1 - K strength)+ and t = (1 - K strength (1+lb)/lb)+",
-              "largest error of a singular value / sqrt(n), lb from 0.1 to 5", "the formula without the bias, for the same ends",
-              at_most=1e-3, interval="log-t", source="derived here, a case of Zhou et al. 2022, 2203.01238"),
-    Statement("T2d", "From a small start NC1 falls at the rate 2/(K sqrt(n)), before the loss does", "| rate/predicted - 1 |",
-              "a start of size 1", at_most=0.02, interval="log-t", source="derived here, after Mixon et al. 2020, 2011.11619"),
+              "largest error of a singular value / sqrt(n), lb from 0.1 to 5",
+              "the formula without the bias, for the same ends", at_most=1e-3, interval="log-t",
+              source="derived here, a case of Zhou et al. 2022, 2203.01238"),
+    Statement("T2d", "From a small start NC1 falls at the rate 2/(K sqrt(n)), before the loss does",
+              "| rate/predicted - 1 |", "a start of size 1", at_most=0.02, interval="log-t",
+              source="derived here, after Mixon et al. 2020, 2011.11619"),
     Statement("T2e", "On the central path K^2 log w + K w^2 + w^4/4 = K t/N + const", "largest | w/predicted - 1 |",
               "the law of whitening", at_most=1e-2, interval="log-t", source="Han, Papyan, Donoho 2021, 2106.02073"),
-    Statement("T2f", "Renormalised by whitening all features, K log w + w^2/2 = t/N + const", "largest | w/predicted - 1 |",
-              "the law of projecting", at_most=1e-2, interval="log-t", source="derived here"),
+    Statement("T2f", "Renormalised by whitening all features, K log w + w^2/2 = t/N + const",
+              "largest | w/predicted - 1 |", "the law of projecting", at_most=1e-2, interval="log-t",
+              source="derived here"),
 )
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #c9175dfa
