@@ -10,21 +10,18 @@ __all__ = ['CLAIMS', 'on_spheres', 'smallest_loss', 'variability_rate', 'sphere_
 
 # %% ../../nbs/theory/40_normalised.ipynb #257a78ab
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry.statistics import ClassStatistics
-from ..geometry.variability import nc1_trace
 from ..lab.claims import Statement
 from ..lab.settings import Settings
 from ..lab.studies import Measured, study
 from .free_features import FreeFeatures, Problem, descend
 
-# %% ../../nbs/theory/40_normalised.ipynb #05ae9a2c
+# %% ../../nbs/theory/40_normalised.ipynb #aebda58f
 def on_spheres(
     num_classes: int,    # K
     dim: int,            # D
@@ -53,7 +50,7 @@ def variability_rate(
     return tau * q / problem.per_class * (1 if D >= K else 1 + tau / (K - 1))
 
 # %% ../../nbs/theory/40_normalised.ipynb #95c194fb
-def _extended(model: FreeFeatures) -> Callable[[Tensor], Tensor]:
+def _extended(model):
     "The loss as a function of all rows of H, then of W, in one flat vector; each row is divided by its norm."
     sizes = len(model.H), len(model.W)
     def loss(x):
@@ -72,43 +69,39 @@ def sphere_hessian(
 
 # %% ../../nbs/theory/40_normalised.ipynb #52d88e48
 def measured_rate(
-    problem: Problem,   # on spheres
-    starts: int = 3,    # independent random starts
-    rate: float = 1.0,  # step size of the descent
-    seed: int = 0,      # of the random starts
+    problem: Problem,  # on spheres
+    starts: int = 3,   # independent random starts
+    seed: int = 0,     # of the random starts
 ) -> np.ndarray:  # (starts,), per unit of step size
     "The rate of `nc1_trace` in a descent near its end, comparable with `variability_rate`. Raises as it."
-    slowest = -2 * math.log1p(-rate * variability_rate(problem))  # fall of log nc1 a step
+    slowest = -2 * math.log1p(-variability_rate(problem))  # fall of log nc1 a step of size 1
     marks = round(20 / slowest), round(26 / slowest)
-    ends = [s.model for s in descend(FreeFeatures(problem, seed, starts=starts), marks, rate)]
-    nc1 = [[nc1_trace(ClassStatistics.from_features(H, m.y, num_classes=problem.num_classes)) for H in m.H.detach()]
-           for m in ends]
-    # a step multiplies a deviation by 1 - step * rate, so this is exact for finite steps too
-    return (1 - np.divide(nc1[1], nc1[0]) ** (1 / (2 * (marks[1] - marks[0])))) / rate
+    path = descend(FreeFeatures(problem, seed, starts=starts), marks, rate=1.0)
+    first, last = ([m.measures()[0].nc1_trace for m in s.model.split()] for s in path)
+    # a step multiplies a deviation by 1 - rate, so this is exact for finite steps too
+    return 1 - np.divide(last, first) ** (1 / (2 * (marks[1] - marks[0])))
 
 # %% ../../nbs/theory/40_normalised.ipynb #b81ea38a
 def critical_points(
     problem: Problem,  # on spheres
     starts: int = 40,  # random points to search from
     seed: int = 0,     # of these points
-    steps: int = 60,   # of the search
 ) -> Tensor:  # (m, 2): loss above the minimum, smallest eigenvalue of the Hessian on spheres
-    "Critical points found from random starts. A start that has not converged after `steps` is left out."
+    "Critical points found from random starts. A start that has not converged after 60 steps is left out."
     loss, unit = _extended(FreeFeatures(problem)), lambda x: F.normalize(x.view(-1, problem.dim), dim=1).flatten()
     gradient = lambda x: torch.func.grad(loss)(unit(x))
     slope, jacobian, nearest = map(torch.vmap, (gradient, torch.func.jacfwd(gradient), unit))
-    random = FreeFeatures(problem, seed, starts=starts)
-    x = torch.cat([random.H, random.W], 1).detach().flatten(1)  # (starts, m)
+    x = torch.cat([*FreeFeatures(problem, seed, starts=starts).parameters()], 1).detach().flatten(1)  # (starts, m)
     damping, eye = torch.full((starts, 1, 1), 0.1, dtype=torch.float64), torch.eye(x.shape[1], dtype=torch.float64)
-    for _ in range(steps):
+    for _ in range(60):
         g, J = slope(x)[..., None], jacobian(x)
         new = nearest(x - torch.linalg.solve(J.mT @ J + damping * eye, J.mT @ g)[..., 0])
         better = slope(new).norm(dim=1) < g.norm(dim=(1, 2))
         x = torch.where(better[:, None], new, x)
         damping = (damping * torch.where(better, 0.1, 4.0)[:, None, None]).clamp(min=1e-14)
+    x = x[slope(x).abs().amax(1) < 1e-9]
     curvature = torch.linalg.eigvalsh(torch.vmap(torch.func.hessian(loss))(x))[:, 0]
-    found = torch.stack([torch.vmap(loss)(x) - smallest_loss(problem), curvature], 1).detach()
-    return found[slope(x).abs().amax(1) < 1e-9]
+    return torch.stack([torch.vmap(loss)(x) - smallest_loss(problem), curvature], 1).detach()
 
 # %% ../../nbs/theory/40_normalised.ipynb #b9ea4bc3
 _yaras = "Yaras et al. 2022, 2209.09211"
