@@ -44,7 +44,7 @@ def peeled(
     costs = n if cost == "sample" else np.ones(K)
     return Problem(K, K + 2, 1, lw, lh, math.inf, shares=tuple(shares.tolist()), costs=tuple(costs.tolist()))
 
-# %% ../../nbs/theory/60_minority_collapse.ipynb #1a582631
+# %% ../../nbs/theory/60_minority_collapse.ipynb #d7262ae1
 def minimum(
     problem: Problem,  # of `peeled`
     seed: int = 0,     # of the random start
@@ -147,7 +147,7 @@ def locate_merging(
         low, high = (low, middle) if merged(middle) else (middle, high)
     return math.sqrt(low * high)
 
-# %% ../../nbs/theory/60_minority_collapse.ipynb #8663151b
+# %% ../../nbs/theory/60_minority_collapse.ipynb #fe9ce7fd
 def descend_batches(
     counts: Sequence[int],    # (K,) samples a class
     lam: float,               # lambda_W = lambda_H

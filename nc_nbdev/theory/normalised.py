@@ -21,7 +21,7 @@ from ..lab.settings import Settings
 from ..lab.studies import Measured, study
 from .free_features import FreeFeatures, Problem, descend
 
-# %% ../../nbs/theory/40_normalised.ipynb #aebda58f
+# %% ../../nbs/theory/40_normalised.ipynb #86154bde
 def on_spheres(
     num_classes: int,    # K
     dim: int,            # D
