@@ -1,5 +1,6 @@
 "A small residual network, few digits and a loader that knows its labels: what the tests of taps and reports measure."
 import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
@@ -48,6 +49,28 @@ class Batches:
         for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
             if len(x) == self.batch_size or not self.drop_last: yield x, y
         self.epoch += 1
+
+
+class Output(OrderedDict):
+    "A mapping that can also be asked by attribute and by place, as the outputs of many models are."
+    def __getattr__(self, name): return self[name]
+
+    def __getitem__(self, key): return super().__getitem__(key) if isinstance(key, str) else list(self.values())[key]
+
+
+class Words(nn.Module):
+    "Whole numbers through two blocks of attention to what came before, with a mask; a classifier for every token."
+    def __init__(self, vocabulary=7, width=8):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 16, 0, batch_first=True) for _ in range(2))
+
+    def forward(self, input_ids, attention_mask=None, past=None):
+        later = torch.ones(input_ids.shape[1], input_ids.shape[1]).triu(1).bool()
+        hidden = (None if attention_mask is None else attention_mask == 0)
+        x = self.embed(input_ids)
+        for block in self.blocks: x = block(x, src_mask=later, src_key_padding_mask=hidden)
+        return Output(logits=self.head(x), hidden=x)
 
 
 def few_digits():

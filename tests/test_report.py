@@ -358,6 +358,21 @@ def test_watching_changes_nothing(data):
     for p, q in zip(watched.model.parameters(), alone.model.parameters(), strict=True): assert torch.equal(p, q)
 
 
+def test_batches_of_other_forms(net, data):
+    clean, test = loaders(data)
+    expected = measure(net, clean, test).frame
+    named = [[{"image": x.numpy(), "label": y.numpy()} for x, y in dl] for dl in (clean, test)]
+    one_hot = [[(x, nn.functional.one_hot(y, 10).float()) for x, y in dl] for dl in (clean, test)]
+    read = lambda b: (b[0], b[1].argmax(1))
+    pd.testing.assert_frame_equal(measure(net, *named).frame, expected)
+    pd.testing.assert_frame_equal(measure(net, *one_hot, batch=read).frame, expected)
+    with pytest.raises(ValueError, match="argmax"): measure(net, *one_hot)
+    histories = [fit(learner(data, cbs=CollapseRecorder(epochs=[0], train_dl=train, test_dl=held, **options)), 1)
+                 .collapse_recorder.history for (train, held), options in
+                 (((clean, test), {}), (named, {}), (one_hot, dict(batch=read)))]
+    for history in histories: pd.testing.assert_frame_equal(history, histories[0])
+
+
 def test_clean_loaders(data):
     train, _ = loaders(data, 64)
     train.augment, train.drop_last = "crop_flip", True

@@ -1,6 +1,9 @@
 "Layers, classifiers and features by hooks, of any network."
 import copy
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -204,6 +207,81 @@ def test_inputs_of_other_kinds(data):
     several, named = ([((x, 2 * x), y) for x, y in dl], [(dict(b=2 * x, a=x), y) for x, y in dl])
     outputs = [torch.cat([out for _, out, _ in tapped_batches(model, batches, "head")]) for batches in (several, named)]
     assert torch.equal(*outputs) and outputs[0].shape == (120, 10)
+
+
+class TwoImages(nn.Module):
+    "Takes two images and a size that is not needed."
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, a, b, size=None): return self.head((a - 2 * b).flatten(1))
+
+
+Pair = namedtuple("Pair", "image klass")
+Named = namedtuple("Named", "image label")
+Several = namedtuple("Several", "label left right")
+
+
+class UserBatch(UserDict):
+    "A mapping that is no dict, with a device of its own."
+    def to(self, device): return self
+
+
+@pytest.mark.parametrize("form", [
+    lambda x, y: [x, y], lambda x, y: (x.numpy(), y.numpy()), lambda x, y: ([x], y.tolist()), lambda x, y: (x, y, y + 50),
+    lambda x, y: (x, y, torch.rand(len(x))), lambda x, y: {"pixels": x, "label": y}, lambda x, y: {"x": x, "y": y},
+    lambda x, y: {"target": y.numpy(), "x": x.numpy()}, lambda x, y: UserBatch(x=x, labels=y), Pair, Named,
+    lambda x, y: ({"image": x}, y)])
+def test_batches_of_one_input(net, data, form):
+    plain = layer_features(net, dl := loaders(data)[1], "pool")
+    found = layer_features(net, [form(x, y) for x, y in dl], "pool")
+    assert torch.equal(found[0]["pool"], plain[0]["pool"]) and torch.equal(found[1], plain[1])
+
+
+@pytest.mark.parametrize("form", [
+    lambda a, b, y: (a, b, y), lambda a, b, y: ((a, b), y), lambda a, b, y: [a, b, y, torch.rand(len(a))],
+    lambda a, b, y: {"b": b, "a": a, "labels": y}, lambda a, b, y: {"size": 3, "y": y, "b": b.numpy(), "a": a},
+    lambda a, b, y: Several(y, a, b), lambda a, b, y: ({"b": b, "a": a}, y),
+    lambda a, b, y: (Several(None, a, b)[1:], y)])
+def test_batches_of_several_inputs(data, form):
+    model, y = TwoImages(), data.test_y
+    (_, out, labels), = tapped_batches(model, [form(data.test_x, data.test_x.flip(0), y)], "head")
+    assert torch.allclose(out, model(data.test_x, data.test_x.flip(0))) and torch.equal(labels, y)
+
+
+@pytest.mark.parametrize("model, batch, message", [
+    (Net, torch.ones(3, 1, 8, 8), r"a Tensor \(3, 1, 8, 8\): expected"), (Net, (torch.ones(3, 1, 8, 8),), "a tuple of T"),
+    (Net, {"x": torch.ones(3, 1, 8, 8), "classes": torch.ones(3)}, "dict with the names x, classes"), (Net, 3, "an? int"),
+    (Net, {"u": 1, "v": 2, "y": torch.ones(3)}, r"Net.forward\(x\) does not take u, v"), (Net, None, "NoneType"),
+    (TwoImages, (torch.ones(3), torch.ones(3), torch.arange(3), torch.arange(3)), "a tuple of Tensor"),
+    (TwoImages, (torch.ones(3, 64), torch.ones(3, 64), torch.ones(3)), "a tuple of Tensor"),
+    (Net, (torch.ones(3, 1, 8, 8), "abc"), "labels is a str"), (Net, (torch.ones(3, 1, 8, 8), {"y": 1}), "labels is a dict"),
+    (Net, (torch.ones(3, 1, 8, 8), torch.ones(3, 10)), "argmax")])
+def test_batches_that_are_not_understood(model, batch, message):
+    with pytest.raises(ValueError, match=message): layer_features(model(), [batch], "head")
+
+
+def test_batches_are_read_by_a_function(net, data):
+    dl = loaders(data)[1]
+    odd = [SimpleNamespace(image=x, truth=nn.functional.one_hot(y).double()) for x, y in dl]
+    read = lambda b: (b.image, b.truth.argmax(1))
+    assert torch.equal(layer_features(net, odd, "pool", batch=read)[0]["pool"], layer_features(net, dl, "pool")[0]["pool"])
+    with pytest.raises(ValueError, match="SimpleNamespace: expected.*batch="): layer_features(net, odd, "pool")
+
+
+def test_structures_are_placed_as_they_are(data):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+        def forward(self, parts, words=None):
+            assert words == ["a", "b"] and isinstance(parts["pair"], Pair) and parts["scale"] == 2
+            return self.head(parts["pair"].image.flatten(1))
+    x, model = data.test_x[:2], Nested().double()
+    batch = {"parts": {"pair": Pair(x.numpy(), [None]), "scale": 2}, "words": ["a", "b"], "y": np.array([0, 1])}
+    features = layer_features(model, [batch], "head:input")[0]["head:input"]
+    assert features.dtype == torch.float64 and torch.equal(features, x.flatten(1).double())
 
 
 # -- classifiers -------------------------------------------------------------------------------------------------

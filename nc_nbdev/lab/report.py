@@ -69,7 +69,7 @@ class Collected:
 # %% ../../nbs/lab/25_report.ipynb #d70c7680
 def collect(
     model: nn.Module,                # runs in evaluation mode and is left as it was
-    dl: Iterable,                    # batches (x, y), y int64 (B,)
+    dl: Iterable,                    # batches, as in `split_batch`
     layers: str | Sequence[str],     # as in `FeatureTaps`
     num_classes: int,                # K; labels are 0..K-1
     *,
@@ -78,12 +78,13 @@ def collect(
     reference: Mapping[str, ClassStatistics] | None = None,  # train statistics by layer, for the nearest-centre rule
     class_counts: Tensor | None = None,                      # (K,) samples a class, default `dl.class_counts`
     head: str | None = None,                                 # the classifier, whose input is to be found
+    batch: Callable[..., tuple] | None = None,               # batch -> (inputs, labels), for those not understood
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, heads = check_layers(model, layers), reference or {}, (f"{head}:input",) if head else ()
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
     stats, features, nearest, labels, predictions, same = {}, {}, {}, [], [], layers
-    with closing(tapped_batches(model, dl, tuple(dict.fromkeys(layers + heads)), pool)) as batches:
+    with closing(tapped_batches(model, dl, tuple(dict.fromkeys(layers + heads)), pool, batch=batch)) as batches:
         for taps, out, y in batches:
             for layer in layers:
                 H = taps[layer]
@@ -241,7 +242,7 @@ def _find_head(model, head, num_classes):
 # %% ../../nbs/lab/25_report.ipynb #b261cf6b
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
-    train_dl: Iterable,                                 # batches (x, y), y int64 (B,); not augmented
+    train_dl: Iterable,                                 # batches, as in `split_batch`; not augmented
     test_dl: Iterable | Mapping[str, Iterable] | None = None,   # the same; several by name
     layers: str | Sequence[str] | None = None,          # as in `FeatureTaps`, default `tap_layers(model)`
     *,
@@ -251,6 +252,7 @@ def measure(
     keep: str | Sequence[str] = "last",                 # features kept in memory: "last", "all", "none", names
     references: Mapping[str, str] | None = None,        # {test split: the one it is compared with}, default "train"
     class_counts: Tensor | None = None,                 # (K,) train samples a class, default `train_dl.class_counts`
+    batch: Callable[..., tuple] | None = None,          # batch -> (inputs, labels), for those not understood
 ) -> CollapseReport:
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
     layers = check_layers(model, layers or tap_layers(model))
@@ -258,7 +260,7 @@ def measure(
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
     tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
     bases, given = _references(tests, references), layers[-1:] if Wb and not name else ()
-    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=name,
+    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=name, batch=batch,
                   keep={*_kept(layers, keep), *given})
     passes = {"train": run(train_dl, class_counts=class_counts)} | {n: run(tests[n]) for n in tests if n not in bases}
     passes |= {n: run(tests[n], reference=passes[base].statistics) for n, base in bases.items()}
