@@ -200,7 +200,7 @@ def _figure(history, pixels):
         nc1 = final(curves(history, "nc1_trace", "train", condition=name), log=True)
         right.plot(nc1, final(curves(history, PROBE, condition=name), LAST), marker, color=color, label=name)
     right.set_xscale("log"); right.invert_xaxis(); right.legend(fontsize=8)
-    right.set_xlabel(r"NC1 = tr $\Sigma_W$ / tr $\Sigma_B$ (train) at T; more collapse to the right")
+    right.set_xlabel("NC1 (train) at T; more collapse to the right")
     lowest = history.value[(history.measure == PROBE) & (history.condition != "fine")].min()
     left.set_ylim(min(0.5, lowest - 0.02), 1.01)
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

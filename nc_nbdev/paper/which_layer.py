@@ -28,7 +28,7 @@ CLAIMS = (
     Statement("7e", "Trained on animals and vehicles as well", **_gain))
 _TASKS = {"7a": "pairs", "7c": "binary", "7e": "animals_vehicles"}
 
-# %% ../../nbs/paper/30_which_layer.ipynb #017fd55f
+# %% ../../nbs/paper/30_which_layer.ipynb #6ccc5412
 def _layers(history):
     "The probed layers, in order of depth."
     return list(dict.fromkeys(history.layer[history.measure == PROBE]))
