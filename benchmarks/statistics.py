@@ -5,7 +5,8 @@
 
 Everything compared is run in turn, round after round in one process, so that a busy machine slows all of it alike; the
 median of the rounds is printed, of the seconds by the clock and of those spent computing, which other programs disturb
-less (they count each thread). OMP_NUM_THREADS sets the number of threads. Memory is the high-water mark of resident memory in a process of its own (Linux only).
+less (they count each thread). OMP_NUM_THREADS sets the number of threads. Memory is the high-water mark of resident
+memory in a process of its own (Linux only).
 
 "every measure" is `measure_features`, from features in memory to all numbers, NC4 included; "of a stream" is what
 `measure_collapse` adds to statistics that were read on the way ("stream full"), NC4 not included.
@@ -156,7 +157,8 @@ def measure_memory(N, D, K, what):
         x.T @ x, torch.addmm(x[:300, 0], x[:300], x[:300].T)
     stream(H[: 4 * BATCH], y[: 4 * BATCH], K, "full")
     del x; gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"): ctypes.CDLL(None).malloc_trim(0)  # or freed pages are used again, uncounted
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"): libc.malloc_trim(0)  # or freed pages are used again, uncounted
     high_water()
     before = high_water()
     kept = jobs[what](H, y)
@@ -181,7 +183,8 @@ def ratio(name, over, under, bar):
 def run(size, scale, rounds):
     "One table."
     N, D, K = SIZES[size]; N = int(N * scale)
-    print(f"\nN = {N:,}, D = {D}, K = {K}, float32 features, batches of {BATCH}, {torch.get_num_threads()} threads, median of {rounds}")
+    print(f"\nN = {N:,}, D = {D}, K = {K}, float32 features, batches of {BATCH}, "
+          f"{torch.get_num_threads()} threads, median of {rounds}")
     H, y, W, b = make_data(N, D, K)
     streamed = ClassStatistics(K, D, within="full", class_counts=y.bincount())
     for h, c in batches(H, y): streamed.update(h, c)
@@ -197,14 +200,15 @@ def run(size, scale, rounds):
     for what in "every measure", "of a stream":
         for dtype in "f32", "f64": ratio(f"{what} / two-pass {dtype}", time_of[what], time_of[f"two-pass {dtype}"], bar)
     for dtype in "f32", "f64":
-        worst = max((abs(result["every measure"][k] - v) / max(abs(v), 1e-12), k) for k, v in result[f"two-pass {dtype}"].items()
-                    if k != "nc3_bias")
+        worst = max((abs(result["every measure"][k] - v) / max(abs(v), 1e-12), k)
+                    for k, v in result[f"two-pass {dtype}"].items() if k != "nc3_bias")
         line(f"largest difference, two-pass {dtype}", f"{worst[0]:.1e}", f"relative, {worst[1]}")
     allowed = 8 * (2 * D * D + 6 * K * D) + 4 * BATCH * D
     for what in "bare", "stream trace", "stream full", "every measure", "two-pass f64":
         used = memory(size, scale, what)
         if used < 0: line(f"extra memory, {what}", "unknown"); continue
-        note = f"allowed {allowed / 2**20:.1f} MiB (2 D^2 + 6 K D doubles and one batch): {'met' if used <= allowed else 'MISSED'}"
+        met = "met" if used <= allowed else "MISSED"
+        note = f"allowed {allowed / 2**20:.1f} MiB (2 D^2 + 6 K D doubles and one batch): {met}"
         line(f"extra memory, {what}", f"{used / 2**20:.1f} MiB", note if what == "stream full" else "")
 
 

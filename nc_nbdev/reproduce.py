@@ -1,4 +1,4 @@
-"""Every study, one command, one scoreboard.
+"""One command runs every study and prints one scoreboard.
 
 All studies by name (`STUDIES`), and `reproduce`, also the command `nc-reproduce`: run them, print the scoreboard and whether it agrees with the kept one, write claims, history, figures and a report; `register` and `confirm` fix a design before it is measured."""
 
@@ -262,7 +262,8 @@ def register(
         raise ValueError(f"{file}: {settings.preset} is registered with this code already")
     recipes = plan(settings, names)
     entry = dict(scale=settings.preset, date=date.today().isoformat(), code=code, studies=names,
-                 datasets=list(settings.datasets), first_seed=settings.first_seed, seeds=settings.seeds, note=note, runs=sorted(recipes.index),
+                 datasets=list(settings.datasets), first_seed=settings.first_seed, seeds=settings.seeds, note=note,
+                 runs=sorted(recipes.index),
                  statements=[asdict(s) for name in names for s in load_study(name).statements])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps([*known, entry], indent=1) + "\n")
@@ -281,7 +282,8 @@ def confirm(
     if not known: raise ValueError(f"{file}: {scale} is not registered")
     entry = known[-1]
     if (code := code_hash(entry["studies"])) != entry["code"]:
-        raise ValueError(f"{file}: {scale} was registered with the code {entry['code']}, this is {code}: register it first")
+        raise ValueError(f"{file}: {scale} was registered with the code {entry['code']}, this is {code}: "
+                         "register it first")
     if done := list((folder / scale).glob(f"*-{code}")):
         raise ValueError(f"{done[0]}: was confirmed already; kept results are not overwritten")
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
@@ -300,7 +302,8 @@ def main(
     parser.add_argument("--seeds", type=int, help="number of seeds; default that of settings.ini")
     known = ", ".join(STUDIES)
     parser.add_argument("--studies", nargs="+", metavar="NAME", help=f"studies or rooms; default all: {known}")
-    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="data sets; default those of settings.ini, or all")
+    parser.add_argument("--datasets", nargs="+", metavar="NAME",
+                        help="data sets; default those of settings.ini, or all")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default that of settings.ini")
     parser.add_argument("--out", help="folder of the report; default: reports/ beside the folder of runs")
     parser.add_argument("--plan", action="store_true", help="print what would be run and how long it takes")

@@ -15,7 +15,8 @@ def _reproducible():
 def pytest_runtest_makereport(item, call):
     "In continuous integration only tests that need a GPU may be skipped."
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") and item.get_closest_marker("gpu") is None:
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and os.environ.get("CI") and item.get_closest_marker("gpu") is None:
         report.outcome = "failed"
         report.longrepr = f"skipped in continuous integration: {report.longrepr}"
     return report
