@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy.optimize import minimize as _scipy_minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import Module, Parameter, ParameterList
 
@@ -218,6 +219,10 @@ def largest_gradient(
     return max(g.abs().max().item() for g in torch.autograd.grad(model().sum(), list(model.parameters())))
 
 
+_one_thread = threadpool_limits.wrap(limits=1)  # matrices are small: threads would only wait for each other
+
+
+@_one_thread
 def minimise(
     model: FreeFeatures,          # its parameters are changed in place
     tolerance: float = 1e-8,      # largest entry of the gradient at which to stop
@@ -243,6 +248,7 @@ def minimise(
     return value
 
 # %% ../../nbs/theory/05_free_features.ipynb #2f5f482a
+@_one_thread
 def starts(
     problem: Problem,                       # to minimise
     seeds: Iterable[int] = range(10, 30),   # of the random starts
@@ -274,6 +280,7 @@ class Snapshot(NamedTuple):
     model: FreeFeatures  # a copy
 
 
+@_one_thread
 def descend(
     model: FreeFeatures,           # its parameters are changed in place
     at: Iterable[int],             # steps at which to keep a copy; descent stops at the last
@@ -305,6 +312,7 @@ def _move(p, g, dt, sphere):
     return p.copy_(F.normalize(p - dt * tangent, dim=-1))
 
 # %% ../../nbs/theory/05_free_features.ipynb #e8768281
+@_one_thread
 def history(
     snapshots: Iterable[Snapshot],  # of `descend`; the seed of a row is the number of the start
     condition: str = "",            # what this path shows

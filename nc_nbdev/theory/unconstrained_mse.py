@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import brentq
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..geometry.means import gram_distance
@@ -69,7 +70,7 @@ def _end(model):
     values = torch.linalg.svdvals(model.logits().detach())[:K] / math.sqrt(model.problem.per_class)
     return dict(frame=frame, worst=worst_measure(layer, skip=("nc3_bias",)), values=values)
 
-# %% ../../nbs/theory/20_unconstrained_mse.ipynb #952f2bb3
+# %% ../../nbs/theory/20_unconstrained_mse.ipynb #6f3d2b24
 def linear_rate(
     problem: Problem,  # with squared error; its K and n
 ) -> float:            # per unit of time
@@ -128,6 +129,7 @@ def _renormalise(H, y, whiten):
     return ((M @ root) if whiten else M)[y] + E @ root
 
 
+@threadpool_limits.wrap(limits=1)
 def renormalised_path(
     problem: Problem,      # its K, D, n, with n K - K >= D
     seed: int = 0,         # of the random features
