@@ -140,7 +140,7 @@ def _jobs(runs, history):
                 yield name, (ask, run, what | dict(epochs=epochs))
     for run in runs["pairs"]: yield "pairs", (_shuffled, run, dict(epochs=ends(run)))
 
-
+# %% ../../nbs/paper/20_training_longer.ipynb #a9a5a000
 def recorded(
     runs,                # condition -> runs
 ) -> pd.DataFrame:       # tidy
