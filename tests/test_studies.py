@@ -100,7 +100,12 @@ def test_a_better_partition_than_k_means_cannot_save_weak_collapse():
     "The verdict on weak collapse rests on the lower bound: a bad K-means, which is larger, changes nothing."
     history = world(weak=(0.001, -2))
     bad = history.assign(value=history.value.where(history.measure != "weak_test_variance", 5.0))
-    assert verdicts(bad)["3a"] == verdicts(history)["3a"] == "fails"
+    assert verdicts(bad)["3a"] == verdicts(history)["3a"] == "undecided"
+
+
+def test_where_test_collapse_does_happen_its_absence_fails():
+    found = verdicts(world(strong=(0.001, -2), weak=(0.001, -2)))
+    assert found["2a"] == "fails" and found["2b"] == "fails"
 
 
 # -- the decorator and the command ----------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ class Statement:
     source: str = ""                # who says so, and what of it was read
     reason: str = ""                # why this bar
     paired: bool = True             # treatment and control have the same seeds
+    bound: str = ""                 # "lower" or "upper": the values bound what is meant from this side
 
     def __post_init__(self):
         if (self.at_most is None) == (self.at_least is None):
@@ -77,7 +78,7 @@ class Statement:
 
     def claim(self, values, control_values, **more) -> "Claim":
         "The claim that the numbers of all seeds make; `more` are further fields of `Claim`."
-        names = "id statement quantity control bar direction interval primary source paired"
+        names = "id statement quantity control bar direction interval primary source paired bound"
         shared = {name: getattr(self, name) for name in names.split()}
         return Claim(**{**shared, "values": values, "control_values": control_values, **more})
 
@@ -127,6 +128,7 @@ class Claim:
     note: str = ""                # why something was not measured, or what to know
     primary: bool = False         # one of the few that are confirmed together
     paired: bool = True           # treatment and control have the same seeds, in the same order
+    bound: str = ""               # "lower" or "upper": the values bound what is meant from this side
 
     def __post_init__(self):
         if self.direction not in ("at least", "at most"):
@@ -185,7 +187,8 @@ def _verdict(claim):
     least, none = claim.direction == "at least", 1.0 if claim.interval == "log-t" else 0.0
     clears = lambda interval, bar: interval[1] >= bar if least else interval[2] <= bar
     misses = lambda interval, bar: interval[2] < bar if least else interval[1] > bar
-    if misses(measured, claim.bar): return "fails"
+    if misses(measured, claim.bar):          # a lower bound below the bar proves nothing
+        return "undecided" if claim.bound == ("lower" if least else "upper") else "fails"
     if not clears(measured, claim.bar): return "undecided"
     if clears(control, claim.bar): return "control passes"
     differs = contrast[1] > none if least else contrast[2] < none

@@ -52,7 +52,7 @@ class CollapseRecorder(Callback):
         test_dl=None,       # loader, or {name: loader}, default the learner's validation loader as "test"
         num_classes=None,   # default the outputs of the classifier
         references=None,    # {test split: the one it is compared with}, as in `measure`
-        batch=None,         # batch -> (inputs, labels), as in `measure`
+        pool="avg", batch=None, output=None, next_token=False,   # as in `measure`
         run="", condition="", seed=0,   # what to write in the history's columns of these names
     ):
         super().__init__()
@@ -60,7 +60,8 @@ class CollapseRecorder(Callback):
             raise ValueError(f"every={every!r}: expected a positive integer or 'log'")
         self.every, self.epochs = every, None if epochs is None else frozenset(epochs)
         self.train_loader, self.test_loaders = train_dl, test_dl
-        self.options = dict(layers=layers, num_classes=num_classes, references=references, batch=batch)
+        self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,
+                            output=output, next_token=next_token)
         self.columns, self.rows, self.status, self.done = dict(run=run, condition=condition, seed=seed), [], "", 0
 
 # %% ../../nbs/lab/30_recorder.ipynb #22cc8626

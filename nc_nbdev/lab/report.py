@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 
 import pandas as pd
 import torch
@@ -44,10 +45,8 @@ def _class_counts(dl, num_classes):
     return None if counts.min() in (0, counts.max()) else counts
 
 # %% ../../nbs/lab/25_report.ipynb #ae711f24
-def _same(taps, layer, other):
+def _same(a, b):
     "Whether two layers gave the same features."
-    if other not in taps: return False
-    a, b = taps[layer], taps[other]
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 # %% ../../nbs/lab/25_report.ipynb #31e7e5c4
@@ -60,6 +59,7 @@ class Collected:
     features: dict[str, Tensor]              # (N, D) of the layers kept
     nearest: dict[str, Tensor]               # (N,) class of the nearest reference mean, for layers with a reference
     head_layers: tuple[str, ...]             # layers whose features are the input of the classifier
+    heads: tuple[str, ...] = ()              # those of several classifiers that give the output, else all
 
     @property
     def accuracy(self) -> float | None:
@@ -73,32 +73,39 @@ def collect(
     layers: str | Sequence[str],     # as in `FeatureTaps`
     num_classes: int,                # K; labels are 0..K-1
     *,
-    pool: str | Callable[[Tensor], Tensor] = "avg",          # as in `pool_features`
-    keep: Sequence[str] = (),                                # layers whose features are kept, on the model's device
+    pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `FeatureTaps`
+    keep: Sequence[str] | None = (),                         # layers whose features are kept; None: last, or no tokens
     reference: Mapping[str, ClassStatistics] | None = None,  # train statistics by layer, for the nearest-centre rule
     class_counts: Tensor | None = None,                      # (K,) samples a class, default `dl.class_counts`
-    head: str | None = None,                                 # the classifier, whose input is to be found
-    batch: Callable[..., tuple] | None = None,               # batch -> (inputs, labels), for those not understood
+    head: str | Sequence[str] | None = None,                 # the classifier, or several that it may be
+    reading: Mapping = MappingProxyType({}),                 # batch, output, ... of `tapped_batches`
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
-    layers, reference, heads = check_layers(model, layers), reference or {}, (f"{head}:input",) if head else ()
+    layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
+    inputs, several = {h: f"{h}:input" for h in heads}, heads if len(heads) > 1 else ()
+    tapped = tuple(dict.fromkeys((*layers, *inputs.values(), *several)))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
     stats, features, nearest, labels, predictions, same = {}, {}, {}, [], [], layers
-    with closing(tapped_batches(model, dl, tuple(dict.fromkeys(layers + heads)), pool, batch=batch)) as batches:
+    with closing(tapped_batches(model, dl, tapped, pool, **reading)) as batches:
         for taps, out, y in batches:
+            fits = out.shape == (*taps.rows.shape, num_classes)
+            if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
+            if fits and several: heads = [h for h in heads if h in taps and _same(taps[h], out[taps.rows])] or heads
             for layer in layers:
                 H = taps[layer]
                 if layer in keep: features.setdefault(layer, []).append(H)
                 else: _update(stats, layer, H, y, num_classes, class_counts)
                 if layer in reference: nearest.setdefault(layer, []).append(nearest_centre(H, reference[layer].means))
             labels.append(y)
-            predictions.append(out.argmax(1) if out.ndim == 2 and out.shape[1] == num_classes else None)
-            same = [layer for layer in same if any(_same(taps, layer, h) for h in heads)]
+            predictions.append(out.argmax(-1)[taps.rows] if fits else None)
+            known = inputs.get(heads[-1]) if heads else None
+            same = [layer for layer in same if known in taps and _same(taps[layer], taps[known])]
     labels, predictions = torch.cat(labels), None if predictions[0] is None else torch.cat(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
     for layer, H in features.items():
         stats[layer] = ClassStatistics.from_features(H, labels, num_classes, _within(H), weighting="class")
-    return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same))
+    return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
+                     tuple(heads))
 
 # %% ../../nbs/lab/25_report.ipynb #2caab80a
 def _compare(base, test, layer):
@@ -224,20 +231,20 @@ def __repr__(self: CollapseReport) -> str:
 
 # %% ../../nbs/lab/25_report.ipynb #e775741e
 def _find_head(model, head, num_classes):
-    "(W, b) or None, the name of its layer or None, K, and what is to be said about it or None."
+    "(W, b) or None, the names of layers that it may be, K, and what is to be said about it or None."
     without = "No NC3, and no NC4 of the classifier: {}.".format
-    if head is None: return None, None, num_classes, without("no classifier was asked for")
-    if not isinstance(head, str): return tuple(head), None, num_classes or len(head[0]), None
+    if head is None: return None, (), num_classes, without("no classifier was asked for")
+    if not isinstance(head, str): return tuple(head), (), num_classes or len(head[0]), None
     try: name = head_name(model, num_classes) if head == "auto" else check_layers(model, head)[0]
     except ValueError as e:
         if head != "auto": raise
-        return None, None, num_classes, without(e)
+        return None, (), num_classes, without(e)
     W, b = head_of(model, name)
     if len(W) != (num_classes or len(W)):
-        return None, None, num_classes, without(f"layer {name} has {len(W)} outputs, there are {num_classes} classes")
-    others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and m.out_features == len(W)]
-    guess = f"head guessed: {name}, the last of {', '.join(others)}; another is asked for by head=\"name\"."
-    return (W, b), name, len(W), guess if head == "auto" and len(others) > 1 else None
+        return None, (), num_classes, without(f"layer {name} has {len(W)} outputs, there are {num_classes} classes")
+    others = [n for n, m in unwrap(model).named_modules()
+              if head == "auto" and n != name and isinstance(m, nn.Linear) and m.out_features == len(W)]
+    return (W, b), (*others, name), len(W), None
 
 # %% ../../nbs/lab/25_report.ipynb #b261cf6b
 def measure(
@@ -248,24 +255,32 @@ def measure(
     *,
     num_classes: int | None = None,                     # K, default the outputs of the classifier
     head: str | tuple[Tensor, Tensor] | None = "auto",  # `head_name(model)`, a name, (W, b) of the last layer, or None
-    pool: str | Callable[[Tensor], Tensor] = "avg",     # as in `pool_features`
-    keep: str | Sequence[str] = "last",                 # features kept in memory: "last", "all", "none", names
+    pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `FeatureTaps`: one for all, or {layer: pool}
+    keep: str | Sequence[str] | None = None,            # features kept: "last", "all", "none", names; None: last, no tokens
     references: Mapping[str, str] | None = None,        # {test split: the one it is compared with}, default "train"
     class_counts: Tensor | None = None,                 # (K,) train samples a class, default `train_dl.class_counts`
     batch: Callable[..., tuple] | None = None,          # batch -> (inputs, labels), for those not understood
+    output: str | int | None = None,                    # of several outputs, by name or place; default the first tensor
+    next_token: bool = False,                           # labels (B, T): each position has the label of the next
+    ignore_index: int = -100,                           # samples or tokens with this label are left out
 ) -> CollapseReport:
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
     layers = check_layers(model, layers or tap_layers(model))
-    Wb, name, num_classes, note = _find_head(model, head, num_classes)
+    Wb, heads, num_classes, note = _find_head(model, head, num_classes)
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
     tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
-    bases, given = _references(tests, references), layers[-1:] if Wb and not name else ()
-    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=name, batch=batch,
-                  keep={*_kept(layers, keep), *given})
+    bases, given = _references(tests, references), layers[-1:] if Wb and not heads else ()
+    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads,
+                  keep=None if keep is None else {*_kept(layers, keep), *given},
+                  reading=dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index))
     passes = {"train": run(train_dl, class_counts=class_counts)} | {n: run(tests[n]) for n in tests if n not in bases}
     passes |= {n: run(tests[n], reference=passes[base].statistics) for n, base in bases.items()}
     train = replace(passes["train"], head_layers=given or passes["train"].head_layers)
-    if name and not train.head_layers: note = f"No NC3: none of the layers is the input of {name}; add '{name}:input'."
+    if heads:
+        Wb, name = head_of(model, train.heads[-1]), train.heads[-1]
+        if len(heads) > 1 and (output is None or len(train.heads) > 1):
+            note = f"head guessed: {name}, one of {', '.join(heads)}; choose by head=\"name\" or output=."
+        if not train.head_layers: note = f"No NC3: none of the layers is the input of {name}; add '{name}:input'."
     report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references)
     return replace(report, notes=(*([note] if note else ()), *report.notes))
 

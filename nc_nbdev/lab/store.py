@@ -54,7 +54,8 @@ class Entry:
         try: found = json.loads((self.folder / "manifest.json").read_text())
         except FileNotFoundError: return {}
         except ValueError: found = None
-        if not isinstance(found, dict): raise DamagedFile(f"{self.folder / 'manifest.json'}: no list of checksums")
+        if not isinstance(found, dict) or not all(isinstance(v[0], list) for v in found.values()):
+            raise DamagedFile(f"{self.folder / 'manifest.json'}: no list of checksums")
         return found
 
     @contextmanager

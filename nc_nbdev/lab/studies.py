@@ -105,7 +105,8 @@ def _claims(name, statements, found, scale):
             values, control = found.values.get(id) or none
             label = found.labels.get(id.partition(".")[2], id.partition(".")[2])
             claim = s.claim(values, control, study=name, scale=scale, note=found.notes.get(id, ""))
-            claims.append(replace(claim, id=id, statement=f"{s.statement} ({label})" if label else s.statement))
+            if label: claim = replace(claim, id=id, statement=f"{s.statement} ({label})", primary=False)
+            claims.append(claim)
     return claims
 
 # %% ../../nbs/lab/70_studies.ipynb #8934a963

@@ -129,21 +129,30 @@ def _shapes(module): return tuple(p.shape for p in module.parameters())
 # %% ../../nbs/lab/20_taps.ipynb #320ffc5d
 def pool_features(
     activation: Tensor,                                # (B, ...) floating
-    pool: str | Callable[[Tensor], Tensor] = "avg",    # "avg", "flatten", or a function to (B, D)
-) -> Tensor:                                           # (B, D), detached, in memory of its own
+    pool: str | Callable[[Tensor], Tensor] = "avg",    # "avg", "flatten", or a function to (B, D); not for (B, D)
+    rows: Tensor | None = None,                        # bool (B,) samples to keep, or (B, T): tokens, not pooled
+) -> Tensor:                                           # (B, D) or (kept, D), detached, in memory of its own
     "Features as vectors. Raises `ValueError` for an activation or a result that has no batch of vectors."
     t = activation.detach().as_subclass(Tensor)
     if not t.is_floating_point() or t.ndim < 2:
         raise ValueError(f"expected floating activations (B, ...), got {t.dtype} of shape {tuple(t.shape)}")
     if t.dtype in (torch.float16, torch.bfloat16): t = t.float()
-    if callable(pool): vectors = pool(t)
+    if not callable(pool) and pool not in ("avg", "flatten"):
+        raise ValueError(f"pool={pool!r}: expected 'avg', 'flatten' or a function")
+    if t.ndim == 2: vectors = t
+    elif callable(pool): vectors = pool(t)
+    elif rows is not None and rows.ndim > 1: vectors = t
     elif pool == "flatten": vectors = t.flatten(1)
-    elif pool == "avg": vectors = t if t.ndim == 2 else t.mean(1) if t.ndim == 3 else t.flatten(2).mean(2)
-    else: raise ValueError(f"pool={pool!r}: expected 'avg', 'flatten' or a function")
-    if vectors.ndim != 2 or len(vectors) != len(t):
-        raise ValueError(f"pooling {tuple(t.shape)} gave {tuple(vectors.shape)}, expected ({len(t)}, D)")
+    else: vectors = t.mean(1) if t.ndim == 3 else t.flatten(2).mean(2)
+    expected = t.shape[:1] if rows is None else rows.shape
+    if vectors.shape[:-1] != expected:
+        why = "" if rows is None else f", one for each of the labels {tuple(rows.shape)}; {_argmax}"
+        raise ValueError(f"pooling {tuple(t.shape)} gave {tuple(vectors.shape)}, expected {(*expected, 'D')}{why}")
+    if rows is not None and not (rows.ndim == 1 and rows.all()): return vectors[rows]
     own = vectors.untyped_storage().data_ptr() != activation.untyped_storage().data_ptr()
     return vectors if own else vectors.clone()
+
+_argmax = "for one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1))"
 
 # %% ../../nbs/lab/20_taps.ipynb #38aaa51e
 class FeatureTaps:
@@ -152,9 +161,12 @@ class FeatureTaps:
         self,
         model: nn.Module,                                 # run what is inside DataParallel or torch.compile
         layers: str | Sequence[str],                      # names in `model.named_modules()`, or "name:input"
-        pool: str | Callable[[Tensor], Tensor] = "avg",   # as in `pool_features`
+        pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `pool_features`, or {layer: pool}
     ):
-        self.model, self.layers, self.pool = unwrap(model), check_layers(model, layers), pool
+        self.model, self.layers, self.rows = unwrap(model), check_layers(model, layers), None   # rows of the next pass
+        self.pools = {"default": "avg"} | (pool if isinstance(pool, Mapping) else {"default": pool})
+        if unknown := set(self.pools) - {"default", *self.layers}:
+            raise ValueError(f"pool for {sorted(unknown)}: expected some of {', '.join(self.layers)}, or 'default'")
         self._handles = []
         self._clear()
 
@@ -170,7 +182,9 @@ class FeatureTaps:
     def _attach(self, layer):
         def keep(value):
             self._calls[layer] += 1
-            if self._calls[layer] == 1: self._found[layer] = pool_features(_first_tensor(value, layer), self.pool)
+            if self._calls[layer] > 1: return
+            pool = self.pools.get(layer, self.pools["default"])
+            self._found[layer] = pool_features(_first_tensor(value, layer), pool, self.rows)
         module = self.model.get_submodule(layer.removesuffix(":input"))
         if not layer.endswith(":input"): return module.register_forward_hook(lambda module, args, output: keep(output))
         take = lambda module, args, kwargs: keep([*args, *kwargs.values()])
@@ -198,7 +212,8 @@ def _first_tensor(value, layer):
     if isinstance(value, Tensor): return value
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
     for item in items:
-        if isinstance(item, (Tensor, tuple, list, Mapping)) and len(item): return _first_tensor(item, layer)
+        if item.ndim if isinstance(item, Tensor) else isinstance(item, (tuple, list, Mapping)) and item:
+            return _first_tensor(item, layer)
     raise ValueError(f"layer {layer!r}: no tensor in a {type(value).__name__}")
 
 # %% ../../nbs/lab/20_taps.ipynb #eba214a3
@@ -221,7 +236,7 @@ def split_batch(
     read: Callable[..., tuple] | None = None,         # batch -> (inputs, labels), for other batches
 ) -> tuple[tuple, dict, object]:                      # positional arguments, named arguments, labels
     "What the network takes, and the labels. Raises `ValueError` where these cannot be told apart."
-    named = batch._asdict() if hasattr(batch, "_asdict") else batch if hasattr(batch, "keys") else {}
+    named = _named(batch)
     label = next((name for name in LABELS if name in named.keys() and named[name] is not None), None)
     if read: x, y = read(batch)
     elif label: x, y = {name: named[name] for name in named.keys() if name != label}, named[label]
@@ -239,6 +254,10 @@ def _takes(model, *inputs, **named):
     "Whether `forward` can be called with these."
     try: return bool(inspect.signature(model.forward).bind(*inputs, **named))
     except (TypeError, ValueError): return False
+
+def _named(value):
+    "A mapping as it is, a named tuple as one; of anything else an empty one."
+    return value if hasattr(value, "keys") else value._asdict() if hasattr(value, "_asdict") else {}
 
 def _several(x): return isinstance(x, (tuple, list)) and any(hasattr(t, "__array__") or hasattr(t, "keys") for t in x)
 
@@ -262,8 +281,8 @@ def _placed(value, weight):
     if isinstance(value, Tensor) or getattr(getattr(value, "dtype", None), "kind", "") in tuple("biuf"):
         value = as_tensor(value, "an input")
         return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-    if hasattr(value, "to"): return value.to(weight.device)
     if isinstance(value, Mapping): return {name: _placed(v, weight) for name, v in value.items()}
+    if hasattr(value, "to"): return value.to(weight.device)
     if not isinstance(value, (tuple, list)): return value
     parts = [_placed(v, weight) for v in value]
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -273,10 +292,13 @@ def tapped_batches(
     model: nn.Module,                               # runs in evaluation mode and is left as it was
     dl: Iterable,                                   # batches, as in `split_batch`
     layers: str | Sequence[str],                    # as in `FeatureTaps`
-    pool: str | Callable[[Tensor], Tensor] = "avg", # as in `pool_features`
+    pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `FeatureTaps`
     *,
     batch: Callable[..., tuple] | None = None,      # batch -> (inputs, labels), for those not understood
-) -> Iterator[tuple[FeatureTaps, Tensor, Tensor]]:  # the taps, the output and the labels of every batch
+    output: str | int | None = None,                # of several outputs, by name or place; default the first tensor
+    next_token: bool = False,                       # labels (B, T): each position has the label of the next
+    ignore_index: int = -100,                       # samples or tokens with this label are left out
+) -> Iterator[tuple[FeatureTaps, Tensor, Tensor]]:  # the taps, the output, labels (kept,): those at `taps.rows`
     "Run the network over a loader. Raises `ValueError` for unknown layers, a loader that augments or has no batches."
     if getattr(dl, "augment", None): raise ValueError(f"augment={dl.augment!r}: measure samples as they are")
     if getattr(dl, "drop_last", False): warnings.warn("drop_last=True leaves samples out of the measure", stacklevel=3)
@@ -287,19 +309,36 @@ def tapped_batches(
         with evaluating(model), FeatureTaps(model, layers, pool) as taps:
             for item in dl:
                 inputs, named, y = split_batch(item, model, batch)
-                inputs, named, y = _placed(inputs, weight), _placed(named, weight), _labels(y, weight.device)
+                inputs, named = _placed(inputs, weight), _placed(named, weight)
+                y, seen = _targets(as_tensor(y, "labels").to(weight.device), named.get("attention_mask"), next_token)
+                taps.rows = seen & (y != ignore_index)
                 with torch.no_grad(), torch.autocast(weight.device.type, enabled=False): out = model(*inputs, **named)
-                yield taps, _first_tensor(out, "output"), y
+                out = _pick(out, output)
+                if y.ndim > 1 and out.shape == y.shape: raise ValueError(f"a label for each output: {_argmax}")
+                yield taps, out, y[taps.rows]
     finally:
         if epoch is not None and hasattr(dl, "set_epoch"): dl.set_epoch(epoch)
     if y is None: raise ValueError("the loader gave no batches")
 
-def _labels(y, device):
-    "The labels as a tensor on the device; one-hot and soft ones are refused."
-    y = as_tensor(y, "labels")
-    if y.ndim < 2 or not y.is_floating_point(): return y.to(device)
-    raise ValueError(f"labels are {y.dtype} of shape {tuple(y.shape)}: expected whole numbers, one a sample; for "
-                     "one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1))")
+def _targets(y, mask, next_token):
+    "Labels (B,) or (B, T), those of the next position if asked for, and which of them the mask lets be seen."
+    if y.ndim > 1 and y.is_floating_point(): raise ValueError(f"labels are {y.dtype}, {tuple(y.shape)}: {_argmax}")
+    if y.dtype == torch.uint8: y = y.long()     # which has room for a negative number
+    seen = torch.ones_like(y, dtype=torch.bool) if mask is None or y.ndim < 2 else mask != 0
+    if seen.shape != y.shape or next_token and y.ndim != 2:
+        raise ValueError(f"labels {tuple(y.shape)}, mask {tuple(seen.shape)}: expected (B, T) for both")
+    if not next_token: return y, seen
+    seen = seen & seen.roll(-1, 1)
+    seen[:, -1] = False
+    return y.roll(-1, 1), seen
+
+def _pick(out, output):
+    "One of the outputs of a network."
+    if output is None: return _first_tensor(out, "output")
+    parts = _named(out) or dict(enumerate(out if isinstance(out, (tuple, list)) else ()))
+    try: return _first_tensor(parts[output] if output in parts else list(parts.values())[output], "output")
+    except (LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"output={output!r}: not in what the network gives, {_describe(out)}") from e
 
 # %% ../../nbs/lab/20_taps.ipynb #d69c3e82
 def layer_features(
