@@ -53,7 +53,9 @@ class Batches:
 
 class Output(OrderedDict):
     "A mapping that can also be asked by attribute and by place, as the outputs of many models are."
-    def __getattr__(self, name): return self[name]
+    def __getattr__(self, name):
+        if name in self: return self[name]
+        raise AttributeError(name)
 
     def __getitem__(self, key): return super().__getitem__(key) if isinstance(key, str) else list(self.values())[key]
 
@@ -62,8 +64,9 @@ class Words(nn.Module):
     "Whole numbers through two blocks of attention to what came before, with a mask; a classifier for every token."
     def __init__(self, vocabulary=7, width=8):
         super().__init__()
-        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
+        self.embed = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 16, 0, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, input_ids, attention_mask=None, past=None):
         later = torch.ones(input_ids.shape[1], input_ids.shape[1]).triu(1).bool()

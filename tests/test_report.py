@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from small_net import Net, all_by_hand, few_digits, hooks, loaders, trained_net
+from small_net import Net, Words, all_by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
 
 from nc_nbdev.geometry.generalization import test_collapse as direct_collapse
@@ -268,9 +268,68 @@ def test_several_classifiers_are_named(data):
             return self.second(x), self.first(x)
     dl, model = loaders(data)[0], Two()
     note, = measure(model, dl, layers="body").notes
-    assert note.startswith("head guessed: second, the last of first, second;")
+    assert note.startswith("head guessed: second") and "first" in note          # its output is the network's first
+    for output, name in ((0, "second"), (1, "first")):
+        found, named = (measure(model, dl, layers="body", output=output, **head) for head in ({}, {"head": name}))
+        pd.testing.assert_frame_equal(found.frame, named.frame)
+        assert found.notes == ()
     chosen = measure(model, dl, layers="body", head="first")
     assert chosen.notes == () and chosen.measures["train"]["body"].nc3_duality is not None
+
+
+def test_classifiers_whose_mean_is_the_output(data):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 10), nn.Linear(64, 10)
+        def forward(self, x): return self.first(x.flatten(1)) / 2 + self.second(x.flatten(1)) / 2
+    note, = measure(Mean(), loaders(data)[0], layers="first:input").notes
+    assert note.startswith("head guessed: second") and "first" in note
+
+
+def test_pool_by_layer(net, data):
+    dl = loaders(data)[0]
+    largest = lambda t: t.amax((2, 3))
+    found = measure(net, dl, pool={"stage1": largest}).measures["train"]
+    for layer, pool in (("stage1", largest), ("stage2", "avg")):
+        assert found[layer].nc1_trace == measure(net, dl, layers=layer, pool=pool).measures["train"][layer].nc1_trace
+    with pytest.raises(ValueError, match="pool for .*'stage9'"): measure(net, dl, pool={"stage9": "avg"})
+
+
+def sentences(n, seed):
+    "Batches of whole numbers that depend on the one before, with masks, each its own length."
+    torch.manual_seed(seed)
+    for length in (9, 12, 5):
+        ids = (torch.randint(0, 7, (n, 1)) + torch.randint(1, 3, (n, length)).cumsum(1)) % 7
+        yield dict(input_ids=ids, attention_mask=(torch.rand(n, length).cumsum(1) < 0.45 * length).long(), labels=ids)
+
+
+def test_tokens_against_features_in_memory():
+    "One row a token: the same numbers as of all tokens in memory, without keeping them."
+    model, (train, test) = Words().eval(), (list(sentences(30, seed)) for seed in (0, 1))
+    found = {}
+    for name, batches in (("train", train), ("test", test)):
+        H, y, right = [], [], []
+        for batch in batches:
+            with torch.no_grad(): out = model(batch["input_ids"], batch["attention_mask"])
+            seen = (batch["attention_mask"][:, :-1] * batch["attention_mask"][:, 1:]) > 0
+            H.append(out["hidden"][:, :-1][seen]); y.append(batch["input_ids"][:, 1:][seen])
+            right.append(out["logits"][:, :-1].argmax(-1)[seen] == y[-1])
+        found[name] = torch.cat(H), torch.cat(y), torch.cat(right).double().mean().item()
+    report = measure(model, train, test, output="logits", next_token=True)
+    assert report.layers[-1] == "head:input" and report.num_classes == 7
+    (H, y, accuracy), (H_test, y_test, _) = found["train"], found["test"]
+    assert report.accuracy["train"] == pytest.approx(accuracy)
+    m, direct = report.measures["train"]["head:input"], measure_features(H, y, num_classes=7, head=head_of(model))
+    for name in ("nc1_trace", "nc2_etf", "nc3_duality", "cdnv"):
+        assert getattr(m, name) == pytest.approx(getattr(direct, name), rel=1e-4)
+    assert m.num_samples == len(y) and m.ncc_accuracy is None and "keep" in m.reasons["ncc_accuracy"]
+    expected = direct_collapse(H, y, H_test, y_test)
+    assert report.test_collapse["head:input"].strong == pytest.approx(expected.strong, rel=1e-4)
+    kept = measure(model, train, test, output="logits", next_token=True, keep="last").measures["train"]["head:input"]
+    assert kept.nc4_disagreement == pytest.approx(direct.nc4_disagreement)
+    passed = collect(model, train, "head:input", 7, keep=None, reading=dict(next_token=True))
+    assert passed.features == {}
 
 
 def test_classifier_that_is_a_convolution(data):

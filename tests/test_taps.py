@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from small_net import Net, all_by_hand, by_hand, few_digits, hooks, loaders, trained_net
+from small_net import Net, Output, Words, all_by_hand, by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
 
 from nc_nbdev.lab.taps import (
@@ -49,7 +49,7 @@ def test_pooling(shape, pool, width, dtype):
 
 @pytest.mark.parametrize("t, pool", [
     (torch.ones(3), "avg"), (torch.ones(2, 3, dtype=torch.int64), "avg"), (torch.ones(2, 3), "max"),
-    (torch.ones(2, 3, 4), lambda t: t), (torch.ones(2, 3), lambda t: t[:1])])
+    (torch.ones(2, 3, 4), lambda t: t), (torch.ones(2, 3, 4), lambda t: t[:1, 0])])
 def test_bad_pooling(t, pool):
     with pytest.raises(ValueError): pool_features(t, pool)
 
@@ -229,8 +229,9 @@ class UserBatch(UserDict):
 
 
 @pytest.mark.parametrize("form", [
-    lambda x, y: [x, y], lambda x, y: (x.numpy(), y.numpy()), lambda x, y: ([x], y.tolist()), lambda x, y: (x, y, y + 50),
-    lambda x, y: (x, y, torch.rand(len(x))), lambda x, y: {"pixels": x, "label": y}, lambda x, y: {"x": x, "y": y},
+    lambda x, y: [x, y], lambda x, y: (x.numpy(), y.numpy()), lambda x, y: ([x], y.tolist()),
+    lambda x, y: (x, y, y + 50), lambda x, y: (x, y, torch.rand(len(x))), lambda x, y: {"pixels": x, "label": y},
+    lambda x, y: {"x": x, "y": y},
     lambda x, y: {"target": y.numpy(), "x": x.numpy()}, lambda x, y: UserBatch(x=x, labels=y), Pair, Named,
     lambda x, y: ({"image": x}, y)])
 def test_batches_of_one_input(net, data, form):
@@ -251,12 +252,15 @@ def test_batches_of_several_inputs(data, form):
 
 
 @pytest.mark.parametrize("model, batch, message", [
-    (Net, torch.ones(3, 1, 8, 8), r"a Tensor \(3, 1, 8, 8\): expected"), (Net, (torch.ones(3, 1, 8, 8),), "a tuple of T"),
-    (Net, {"x": torch.ones(3, 1, 8, 8), "classes": torch.ones(3)}, "dict with the names x, classes"), (Net, 3, "an? int"),
+    (Net, torch.ones(3, 1, 8, 8), r"a Tensor \(3, 1, 8, 8\): expected"), 
+    (Net, (torch.ones(3, 1, 8, 8),), "a tuple of T"),
+    (Net, {"x": torch.ones(3, 1, 8, 8), "classes": torch.ones(3)}, "dict with the names x, classes"),
+    (Net, 3, "an? int"),
     (Net, {"u": 1, "v": 2, "y": torch.ones(3)}, r"Net.forward\(x\) does not take u, v"), (Net, None, "NoneType"),
     (TwoImages, (torch.ones(3), torch.ones(3), torch.arange(3), torch.arange(3)), "a tuple of Tensor"),
     (TwoImages, (torch.ones(3, 64), torch.ones(3, 64), torch.ones(3)), "a tuple of Tensor"),
-    (Net, (torch.ones(3, 1, 8, 8), "abc"), "labels is a str"), (Net, (torch.ones(3, 1, 8, 8), {"y": 1}), "labels is a dict"),
+    (Net, (torch.ones(3, 1, 8, 8), "abc"), "labels is a str"),
+    (Net, (torch.ones(3, 1, 8, 8), {"y": 1}), "labels is a dict"),
     (Net, (torch.ones(3, 1, 8, 8), torch.ones(3, 10)), "argmax")])
 def test_batches_that_are_not_understood(model, batch, message):
     with pytest.raises(ValueError, match=message): layer_features(model(), [batch], "head")
@@ -266,7 +270,8 @@ def test_batches_are_read_by_a_function(net, data):
     dl = loaders(data)[1]
     odd = [SimpleNamespace(image=x, truth=nn.functional.one_hot(y).double()) for x, y in dl]
     read = lambda b: (b.image, b.truth.argmax(1))
-    assert torch.equal(layer_features(net, odd, "pool", batch=read)[0]["pool"], layer_features(net, dl, "pool")[0]["pool"])
+    found, plain = layer_features(net, odd, "pool", batch=read), layer_features(net, dl, "pool")
+    assert torch.equal(found[0]["pool"], plain[0]["pool"])
     with pytest.raises(ValueError, match="SimpleNamespace: expected.*batch="): layer_features(net, odd, "pool")
 
 
@@ -282,6 +287,104 @@ def test_structures_are_placed_as_they_are(data):
     batch = {"parts": {"pair": Pair(x.numpy(), [None]), "scale": 2}, "words": ["a", "b"], "y": np.array([0, 1])}
     features = layer_features(model, [batch], "head:input")[0]["head:input"]
     assert features.dtype == torch.float64 and torch.equal(features, x.flatten(1).double())
+
+
+# -- pools by layer, several outputs, tokens ---------------------------------------------------------------------------
+
+def test_pools_by_layer(net, data):
+    x, model = data.test_x[:5], copy.deepcopy(net).eval()
+    largest = lambda t: t.amax((2, 3))
+    with FeatureTaps(model, model.tap_names, {"stem": "flatten", "stage1": largest}) as taps: model(x)
+    found = by_hand(model, x)
+    assert torch.equal(taps["stem"], found["stem"].flatten(1)) and torch.equal(taps["stage1"], largest(found["stage1"]))
+    assert torch.allclose(taps["stage2"], found["stage2"].mean((2, 3)), atol=1e-6)
+    with (FeatureTaps(model, model.tap_names, largest) as one,
+          FeatureTaps(model, model.tap_names, {"default": largest}) as two): model(x)
+    for layer in model.tap_names: assert torch.equal(one[layer], two[layer])
+    assert torch.equal(one["pool"], found["pool"])                # (B, D) already
+    with pytest.raises(ValueError, match="'stage4'"): FeatureTaps(model, "stem", {"stage4": "avg"})
+
+
+@pytest.mark.parametrize("outputs", [lambda a, b: (a, b), lambda a, b: {"u": a, "v": b}, lambda a, b: Output(u=a, v=b),
+                                     lambda a, b: Pair(a, b), lambda a, b: [a, {"v": b}], lambda a, b: (a, (None, b))])
+def test_output_by_name_or_place(outputs):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        def forward(self, x): return outputs(self.a(x), self.b(x))
+    model, x = Several(), torch.randn(2, 4)
+    names = {0: "a", 1: "b", None: "a"} | dict(zip(getattr(outputs(1, 2), "keys", lambda: ())(), "ab", strict=False))
+    for output, layer in names.items():
+        (taps, out, _), = tapped_batches(model, [(x, torch.arange(2))], ("a", "b"), output=output)
+        assert torch.equal(out, taps[layer])
+    for output in (2, "w"):
+        with pytest.raises(ValueError, match=f"output={output!r}"):
+            next(tapped_batches(model, [(x, torch.arange(2))], "a", output=output))
+    with pytest.raises(ValueError, match="a Tensor"):
+        next(tapped_batches(nn.Sequential(nn.Linear(4, 3)), [(x, torch.arange(2))], "0", output=0))
+
+
+def test_a_number_beside_the_output():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+        def forward(self, x): return {"loss": torch.tensor(1.), "logits": self.a(x)}
+    (_, out, _), = tapped_batches(Loss(), [(torch.randn(2, 4), torch.arange(2))], "a")
+    assert out.shape == (2, 3)
+
+
+def sentences():
+    "Whole numbers (6, 9), and a mask that leaves 4 to 9 of them."
+    torch.manual_seed(0)
+    return torch.randint(0, 7, (6, 9)), torch.arange(9) < torch.tensor([9, 4, 8, 9, 5, 7])[:, None]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_tokens_against_a_loop(shift):
+    ids, mask = sentences()
+    y = torch.where(torch.rand(6, 9) < 0.2, -100, torch.randint(0, 7, (6, 9)))
+    model = Words().eval()
+    with torch.no_grad(): out = model(ids, mask.long())
+    rows, labels, logits = [], [], []
+    for b in range(6):
+        for t in range(9 - shift):
+            if mask[b, t] and mask[b, t + shift] and y[b, t + shift] != -100:
+                rows.append(out["hidden"][b, t]); labels.append(y[b, t + shift]); logits.append(out["logits"][b, t])
+    batch = dict(input_ids=ids, attention_mask=mask.long(), labels=y)
+    (taps, found, targets), = tapped_batches(model, [batch], "head:input", output="logits", next_token=bool(shift))
+    assert torch.equal(targets, torch.stack(labels))
+    assert torch.allclose(taps["head:input"], torch.stack(rows), atol=1e-6)
+    assert torch.allclose(found[taps.rows], torch.stack(logits), atol=1e-6)
+
+
+def test_ignored_samples(net, data):
+    dl = loaders(data)[1]
+    some = [(x, torch.where(y == 3, -100, y)) for x, y in dl]
+    features, y = layer_features(net, some, "pool")
+    whole = layer_features(net, dl, "pool")
+    assert torch.equal(features["pool"], whole[0]["pool"][whole[1] != 3]) and torch.equal(y, whole[1][whole[1] != 3])
+    near = list(tapped_batches(net, [(x, y.byte()) for x, y in dl], "pool", ignore_index=3))[0]
+    assert torch.equal(near[2], y)
+    bytes_ = [(x, torch.full_like(y, 156).byte()) for x, y in dl]    # -100 modulo 256 is a label like others
+    assert len(layer_features(net, bytes_, "pool")[1]) == len(whole[1])
+
+
+@pytest.mark.parametrize("y, options, message", [
+    (lambda ids: ids[:, :-1], {}, "expected .B, T. for both"), 
+    (lambda ids: ids[:, 0], dict(next_token=True), "expected .B"),
+    (lambda ids: nn.functional.one_hot(ids), {}, "expected .B, T. for both"), (lambda ids: ids.float(), {}, "argmax")])
+def test_labels_that_are_no_tokens(y, options, message):
+    ids, mask = sentences()
+    batch = dict(input_ids=ids, attention_mask=mask, labels=y(ids))
+    with pytest.raises(ValueError, match=message): next(tapped_batches(Words(), [batch], "head:input", **options))
+
+
+def test_whole_numbers_that_are_one_hot(net, data):
+    batch = data.test_x, nn.functional.one_hot(data.test_y)
+    for layer in ("pool", "stem"):
+        with pytest.raises(ValueError, match="argmax"): layer_features(net, [batch], layer)
 
 
 # -- classifiers -------------------------------------------------------------------------------------------------

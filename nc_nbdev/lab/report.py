@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 
 import pandas as pd
 import torch
@@ -78,7 +77,7 @@ def collect(
     reference: Mapping[str, ClassStatistics] | None = None,  # train statistics by layer, for the nearest-centre rule
     class_counts: Tensor | None = None,                      # (K,) samples a class, default `dl.class_counts`
     head: str | Sequence[str] | None = None,                 # the classifier, or several that it may be
-    reading: Mapping = MappingProxyType({}),                 # batch, output, ... of `tapped_batches`
+    reading: Mapping | None = None,                          # batch, output, ... of `tapped_batches`
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
@@ -86,7 +85,7 @@ def collect(
     tapped = tuple(dict.fromkeys((*layers, *inputs.values(), *several)))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
     stats, features, nearest, labels, predictions, same = {}, {}, {}, [], [], layers
-    with closing(tapped_batches(model, dl, tapped, pool, **reading)) as batches:
+    with closing(tapped_batches(model, dl, tapped, pool, **(reading or {}))) as batches:
         for taps, out, y in batches:
             fits = out.shape == (*taps.rows.shape, num_classes)
             if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
@@ -256,7 +255,7 @@ def measure(
     num_classes: int | None = None,                     # K, default the outputs of the classifier
     head: str | tuple[Tensor, Tensor] | None = "auto",  # `head_name(model)`, a name, (W, b) of the last layer, or None
     pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `FeatureTaps`: one for all, or {layer: pool}
-    keep: str | Sequence[str] | None = None,            # features kept: "last", "all", "none", names; None: last, no tokens
+    keep: str | Sequence[str] | None = None,            # features kept: "last", "all", "none", names; or no tokens
     references: Mapping[str, str] | None = None,        # {test split: the one it is compared with}, default "train"
     class_counts: Tensor | None = None,                 # (K,) train samples a class, default `train_dl.class_counts`
     batch: Callable[..., tuple] | None = None,          # batch -> (inputs, labels), for those not understood

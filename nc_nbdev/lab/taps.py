@@ -28,10 +28,10 @@ def unwrap(
     model: nn.Module,  # possibly inside DataParallel, DistributedDataParallel or torch.compile
 ) -> nn.Module:        # the network as it was written
     "The network inside wrappers; it shares its weights with them."
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        elif hasattr(model, "_orig_mod"): model = model._orig_mod
-        else: return model
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
 
 # %% ../../nbs/lab/20_taps.ipynb #de2256ca
 def check_layers(
@@ -161,11 +161,12 @@ class FeatureTaps:
         self,
         model: nn.Module,                                 # run what is inside DataParallel or torch.compile
         layers: str | Sequence[str],                      # names in `model.named_modules()`, or "name:input"
-        pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `pool_features`, or {layer: pool}
+        pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `pool_features`; {layer or "default": it}
     ):
         self.model, self.layers, self.rows = unwrap(model), check_layers(model, layers), None   # rows of the next pass
-        self.pools = {"default": "avg"} | (pool if isinstance(pool, Mapping) else {"default": pool})
-        if unknown := set(self.pools) - {"default", *self.layers}:
+        pools = pool if isinstance(pool, Mapping) else {"default": pool}
+        self.pools = {layer: pools.get(layer, pools.get("default", "avg")) for layer in self.layers}
+        if unknown := {*pools} - {"default", *self.layers}:
             raise ValueError(f"pool for {sorted(unknown)}: expected some of {', '.join(self.layers)}, or 'default'")
         self._handles = []
         self._clear()
@@ -183,8 +184,7 @@ class FeatureTaps:
         def keep(value):
             self._calls[layer] += 1
             if self._calls[layer] > 1: return
-            pool = self.pools.get(layer, self.pools["default"])
-            self._found[layer] = pool_features(_first_tensor(value, layer), pool, self.rows)
+            self._found[layer] = pool_features(_first_tensor(value, layer), self.pools[layer], self.rows)
         module = self.model.get_submodule(layer.removesuffix(":input"))
         if not layer.endswith(":input"): return module.register_forward_hook(lambda module, args, output: keep(output))
         take = lambda module, args, kwargs: keep([*args, *kwargs.values()])
@@ -208,12 +208,11 @@ def __getitem__(
                      + (": tap a layer after or inside it that runs once" if self._calls[layer] else ""))
 
 def _first_tensor(value, layer):
-    "The first tensor of what a layer takes or returns: a tensor, or a tuple, list or mapping with one."
+    "The first tensor of what a layer takes or returns: a tensor, or a tuple, list or mapping with one; not a number."
     if isinstance(value, Tensor): return value
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    for item in items:
-        if item.ndim if isinstance(item, Tensor) else isinstance(item, (tuple, list, Mapping)) and item:
-            return _first_tensor(item, layer)
+    kinds = Tensor, Mapping, tuple, list
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, kinds) else ():
+        if isinstance(item, kinds) and getattr(item, "ndim", item): return _first_tensor(item, layer)
     raise ValueError(f"layer {layer!r}: no tensor in a {type(value).__name__}")
 
 # %% ../../nbs/lab/20_taps.ipynb #eba214a3
@@ -284,8 +283,7 @@ def _placed(value, weight):
     if isinstance(value, Mapping): return {name: _placed(v, weight) for name, v in value.items()}
     if hasattr(value, "to"): return value.to(weight.device)
     if not isinstance(value, (tuple, list)): return value
-    parts = [_placed(v, weight) for v in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return getattr(value, "_make", type(value))([_placed(v, weight) for v in value])
 
 # %% ../../nbs/lab/20_taps.ipynb #5a021344
 def tapped_batches(
@@ -311,7 +309,7 @@ def tapped_batches(
                 inputs, named, y = split_batch(item, model, batch)
                 inputs, named = _placed(inputs, weight), _placed(named, weight)
                 y, seen = _targets(as_tensor(y, "labels").to(weight.device), named.get("attention_mask"), next_token)
-                taps.rows = seen & (y != ignore_index)
+                taps.rows = seen & (y.long() != ignore_index)
                 with torch.no_grad(), torch.autocast(weight.device.type, enabled=False): out = model(*inputs, **named)
                 out = _pick(out, output)
                 if y.ndim > 1 and out.shape == y.shape: raise ValueError(f"a label for each output: {_argmax}")
@@ -323,14 +321,11 @@ def tapped_batches(
 def _targets(y, mask, next_token):
     "Labels (B,) or (B, T), those of the next position if asked for, and which of them the mask lets be seen."
     if y.ndim > 1 and y.is_floating_point(): raise ValueError(f"labels are {y.dtype}, {tuple(y.shape)}: {_argmax}")
-    if y.dtype == torch.uint8: y = y.long()     # which has room for a negative number
     seen = torch.ones_like(y, dtype=torch.bool) if mask is None or y.ndim < 2 else mask != 0
     if seen.shape != y.shape or next_token and y.ndim != 2:
         raise ValueError(f"labels {tuple(y.shape)}, mask {tuple(seen.shape)}: expected (B, T) for both")
     if not next_token: return y, seen
-    seen = seen & seen.roll(-1, 1)
-    seen[:, -1] = False
-    return y.roll(-1, 1), seen
+    return y.roll(-1, 1), seen & nn.functional.pad(seen[:, 1:], (0, 1))
 
 def _pick(out, output):
     "One of the outputs of a network."
@@ -349,8 +344,8 @@ def layer_features(
     batch: Callable[..., tuple] | None = None,        # as in `tapped_batches`
 ) -> tuple[dict[str, Tensor], Tensor]:                # {layer: (N, D)} and labels (N,), on the device of the model
     "Features of all samples in the loader's order, in evaluation mode. Raises `ValueError` for bad layers, no batches."
-    layers, found, labels = check_layers(model, layers), [], []
+    layers = check_layers(model, layers)
     with closing(tapped_batches(model, dl, layers, pool, batch=batch)) as batches:
-        for taps, _, y in batches: found.append([taps[layer] for layer in layers]); labels.append(y)
-    features = {layer: torch.cat(parts) for layer, parts in zip(layers, zip(*found, strict=True), strict=True)}
-    return features, torch.cat(labels)
+        found = [(y, *(taps[layer] for layer in layers)) for taps, _, y in batches]
+    labels, *features = map(torch.cat, zip(*found, strict=True))
+    return dict(zip(layers, features, strict=True)), labels
