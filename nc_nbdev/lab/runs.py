@@ -218,8 +218,9 @@ def _train_run(run, device, bar, seconds=30.0):
                                                **asdict(recipe)))
         start = _resume(run.entry, learn, recorder)
         cbs = [SeedEachEpoch(recipe.seed), recorder, _Checkpoint(run, recorder, seconds)]
+        if bar: cbs.append(_Bar(recorder, recipe.epochs))
         with learn.no_bar(), learn.no_logging():
-            learn.fit(recipe.epochs, cbs=cbs + [_Bar(recorder, recipe.epochs)] * bar, start_epoch=start)
+            learn.fit(recipe.epochs, cbs=cbs, start_epoch=start)
         if start == 0: run.entry.write_json("seconds.json", time.monotonic() - started)
         run.entry.write_table("history.parquet", recorder.history)
         (run.folder / "checkpoint.pth").unlink(missing_ok=True)
@@ -240,8 +241,10 @@ def _finished(run):
     "Whether a run can be read. Raises `DamagedFile` for a folder of another recipe; damaged files are set aside."
     if "recipe.json" in run.entry and run.entry.sound("recipe.json"):
         found = run.entry.read_json("recipe.json")
-        if found.get("format") != FORMAT or found["changed"] != _changed(run.recipe):
-            raise DamagedFile(f"{run.folder}: holds another recipe than its name says, {found}; move it away")
+        now = json.loads(json.dumps(asdict(run.recipe)))
+        other = {k: found[k] for k in now if k in found and found[k] != now[k]}       # a default that has changed, too
+        if found.get("format") != FORMAT or found["changed"] != _changed(run.recipe) or other:
+            raise DamagedFile(f"{run.folder}: holds another recipe than its name says, {other or found}; move it away")
     return all([run.entry.sound(name) for name in
                 ("history.parquet", *(f"weights-{e:04d}.pth" for e in snapshot_epochs(run.recipe)))])
 
