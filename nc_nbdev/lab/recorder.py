@@ -50,9 +50,7 @@ class CollapseRecorder(Callback):
         epochs=None,        # or exactly after these numbers of epochs, 0 being the untrained network
         train_dl=None,      # clean loader of the train set, default made from the learner's
         test_dl=None,       # loader, or {name: loader}, default the learner's validation loader as "test"
-        num_classes=None,   # default the outputs of the classifier
-        references=None,    # {test split: the one it is compared with}, as in `measure`
-        pool="avg", batch=None, output=None, next_token=False,   # as in `measure`
+        num_classes=None, references=None, pool="avg", batch=None, output=None, next_token=False,   # as in `measure`
         run="", condition="", seed=0,   # what to write in the history's columns of these names
     ):
         super().__init__()

@@ -44,9 +44,7 @@ def _class_counts(dl, num_classes):
     return None if counts.min() in (0, counts.max()) else counts
 
 # %% ../../nbs/lab/25_report.ipynb #ae711f24
-def _same(a, b):
-    "Whether two layers gave the same features."
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
+def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 # %% ../../nbs/lab/25_report.ipynb #31e7e5c4
 @dataclass(frozen=True)
@@ -81,15 +79,14 @@ def collect(
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
-    inputs, several = {h: f"{h}:input" for h in heads}, heads if len(heads) > 1 else ()
-    tapped = tuple(dict.fromkeys((*layers, *inputs.values(), *several)))
+    tapped = tuple(dict.fromkeys((*layers, *(f"{h}:input" for h in heads), *(heads[1:] and heads))))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
     stats, features, nearest, labels, predictions, same = {}, {}, {}, [], [], layers
     with closing(tapped_batches(model, dl, tapped, pool, **(reading or {}))) as batches:
         for taps, out, y in batches:
             fits = out.shape == (*taps.rows.shape, num_classes)
             if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
-            if fits and several: heads = [h for h in heads if h in taps and _same(taps[h], out[taps.rows])] or heads
+            if fits and heads[1:]: heads = [h for h in heads if h in taps and _same(taps[h], out[taps.rows])] or heads
             for layer in layers:
                 H = taps[layer]
                 if layer in keep: features.setdefault(layer, []).append(H)
@@ -97,7 +94,7 @@ def collect(
                 if layer in reference: nearest.setdefault(layer, []).append(nearest_centre(H, reference[layer].means))
             labels.append(y)
             predictions.append(out.argmax(-1)[taps.rows] if fits else None)
-            known = inputs.get(heads[-1]) if heads else None
+            known = f"{heads[-1]}:input" if heads else None
             same = [layer for layer in same if known in taps and _same(taps[layer], taps[known])]
     labels, predictions = torch.cat(labels), None if predictions[0] is None else torch.cat(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
@@ -241,9 +238,8 @@ def _find_head(model, head, num_classes):
     W, b = head_of(model, name)
     if len(W) != (num_classes or len(W)):
         return None, (), num_classes, without(f"layer {name} has {len(W)} outputs, there are {num_classes} classes")
-    others = [n for n, m in unwrap(model).named_modules()
-              if head == "auto" and n != name and isinstance(m, nn.Linear) and m.out_features == len(W)]
-    return (W, b), (*others, name), len(W), None
+    others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == len(W)]
+    return (W, b), (*(n for n in others if n != name), name) if head == "auto" else (name,), len(W), None
 
 # %% ../../nbs/lab/25_report.ipynb #b261cf6b
 def measure(

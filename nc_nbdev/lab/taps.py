@@ -139,16 +139,16 @@ def pool_features(
     if t.dtype in (torch.float16, torch.bfloat16): t = t.float()
     if not callable(pool) and pool not in ("avg", "flatten"):
         raise ValueError(f"pool={pool!r}: expected 'avg', 'flatten' or a function")
-    if t.ndim == 2: vectors = t
+    tokens = rows is not None and rows.ndim > 1
+    if t.ndim == 2 or tokens and not callable(pool): vectors = t
     elif callable(pool): vectors = pool(t)
-    elif rows is not None and rows.ndim > 1: vectors = t
     elif pool == "flatten": vectors = t.flatten(1)
     else: vectors = t.mean(1) if t.ndim == 3 else t.flatten(2).mean(2)
     expected = t.shape[:1] if rows is None else rows.shape
     if vectors.shape[:-1] != expected:
         why = "" if rows is None else f", one for each of the labels {tuple(rows.shape)}; {_argmax}"
         raise ValueError(f"pooling {tuple(t.shape)} gave {tuple(vectors.shape)}, expected {(*expected, 'D')}{why}")
-    if rows is not None and not (rows.ndim == 1 and rows.all()): return vectors[rows]
+    if tokens or rows is not None and not rows.all(): return vectors[rows]
     own = vectors.untyped_storage().data_ptr() != activation.untyped_storage().data_ptr()
     return vectors if own else vectors.clone()
 
@@ -254,18 +254,15 @@ def _takes(model, *inputs, **named):
     try: return bool(inspect.signature(model.forward).bind(*inputs, **named))
     except (TypeError, ValueError): return False
 
-def _named(value):
-    "A mapping as it is, a named tuple as one; of anything else an empty one."
-    return value if hasattr(value, "keys") else value._asdict() if hasattr(value, "_asdict") else {}
+def _named(value): return value if hasattr(value, "keys") else value._asdict() if hasattr(value, "_asdict") else {}
 
 def _several(x): return isinstance(x, (tuple, list)) and any(hasattr(t, "__array__") or hasattr(t, "keys") for t in x)
 
 def _label_place(batch, model):
     "The index of the labels in a tuple or list, 0 where it is not known."
     if not isinstance(batch, (tuple, list)): return 0
-    if len(batch) == 2: return 1
     whole = [i for i, t in enumerate(batch) if hasattr(t, "__array__") and t.ndim == 1 and "int" in str(t.dtype)]
-    places = [i for i in whole if i and _takes(model, *batch[:i])]
+    places = [1] if len(batch) == 2 else [i for i in whole if i and _takes(model, *batch[:i])]
     return places[0] if len(places) == 1 else 0
 
 def _describe(batch):
@@ -306,8 +303,7 @@ def tapped_batches(
     try:
         with evaluating(model), FeatureTaps(model, layers, pool) as taps:
             for item in dl:
-                inputs, named, y = split_batch(item, model, batch)
-                inputs, named = _placed(inputs, weight), _placed(named, weight)
+                inputs, named, y = _placed(split_batch(item, model, batch), weight)
                 y, seen = _targets(as_tensor(y, "labels").to(weight.device), named.get("attention_mask"), next_token)
                 taps.rows = seen & (y.long() != ignore_index)
                 with torch.no_grad(), torch.autocast(weight.device.type, enabled=False): out = model(*inputs, **named)
