@@ -4,41 +4,49 @@ Modules:
 
 - `nc_nbdev.geometry.duality`: At collapse the rows of the last layer point along the centred class means. Three measures of the distance between the two, and one of the bias that is left.
 - `nc_nbdev.geometry.etf`: `simplex_etf` returns K unit vectors as far from one another as K vectors can be: the shape that class means take when a network collapses.
-- `nc_nbdev.geometry.generalization`: Collapse on the train set is one thing, collapse on fresh data another, and there are two ways to mean the second. Four variances tell them apart.
+- `nc_nbdev.geometry.generalization`: Features can collapse on the train set and not on fresh data, and collapse on fresh data has two definitions. Four variances tell them apart.
 - `nc_nbdev.geometry.means`: Equal norms, equal angles, and angles as wide as $K$ vectors allow: four numbers that are 0 exactly when the class means are a simplex equiangular tight frame, and what replaces them when no simplex fits.
-- `nc_nbdev.geometry.measures`: One call gives every measure of collapse there is for what you have: features, statistics, a classifier. What cannot be had is `None`, and says why.
+- `nc_nbdev.geometry.measures`: One call gives every measure of collapse that your features, statistics and classifier allow. A measure that cannot be computed is `None`, with the reason.
 - `nc_nbdev.geometry.nearest_centre`: At collapse the network answers with the class whose train mean is nearest. How often do the two rules differ, and how good is the simple one?
 - `nc_nbdev.geometry.ood`: Features of images from no class at all: their mean becomes orthogonal to every class mean.
 - `nc_nbdev.geometry.statistics`: `ClassStatistics` reads features once, batch by batch, and keeps what every measure of collapse needs: a count, a mean and a spread for each class.
 - `nc_nbdev.geometry.variability`: Four numbers for one question: how small is the spread of features around their class means, compared with the distance between the means?
-- `nc_nbdev.lab.claims`: A claim is data: what was measured, the bar it is held to, the control that must fail, and a verdict that is computed.
-- `nc_nbdev.lab.data`: Data sets as byte tensors, every change of them a pure function of a seed, and batches whose order depends on nothing but the seed and the epoch.
-- `nc_nbdev.lab.figures`: Curves over training, seeds as bands, the terminal phase shaded: every figure of a study is drawn from the tidy history.
-- `nc_nbdev.lab.models`: The networks of the neural collapse literature, adapted to small images, and the layers of each that are worth measuring.
-- `nc_nbdev.lab.probes`: How well can classes that a network was not trained on be read off its features? A linear probe whose convergence is proved, and five other ways to ask.
+- `nc_nbdev.lab.claims`: A claim is stated before it is measured: the quantity, the bar, and the control that must not pass the bar. The verdict is computed.
+- `nc_nbdev.lab.figures`: Curves over training with seeds as bands and the terminal phase shaded: every figure of a study is drawn from the tidy history.
+- `nc_nbdev.lab.history`: All numbers that are measured in training stand in one tidy table. This page has the functions that read it.
+- `nc_nbdev.lab.probes`: A linear probe that states how features are prepared, chooses its penalty on held-out data and is solved to its optimum; and three other ways to ask.
 - `nc_nbdev.lab.recorder`: One callback for any fastai `Learner`: collapse of every tapped layer, on train and test, as training goes on.
-- `nc_nbdev.lab.runs`: A run is trained once: asking for it again reads it, and one that was cut off goes on where it stopped.
-- `nc_nbdev.lab.settings`: One dataclass says what a training run is, one file says at what scale the studies run.
-- `nc_nbdev.lab.taps`: Take the features of any layers of any network while it runs, and measure their collapse in one pass over the data.
-- `nc_nbdev.lab.training`: A configuration becomes data, a model and a fastai `Learner`.
-- `nc_nbdev.paper.cascade`: Layer by layer: the deeper, the more collapsed; the earlier layers follow, later and less.
-- `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn, and the train features collapse all the same.
+- `nc_nbdev.lab.report`: Every measure of collapse for any network and any loader: `measure(model, train_dl, test_dl)`.
+- `nc_nbdev.lab.runs`: A run is trained once. When you ask for it again it is read from disk. A run that was cut off goes on where it stopped.
+- `nc_nbdev.lab.settings`: One file says at what scale the studies run, with how many seeds, on which device, and where data and runs are kept.
+- `nc_nbdev.lab.store`: Every file is written whole or not at all, and its checksum is compared when it is read.
+- `nc_nbdev.lab.studies`: A study declares its claims first. One decorator does what all studies need: it reads the settings, computes the verdicts, and keeps the result until the code that the study uses changes.
+- `nc_nbdev.lab.taps`: Take the features of any layer of any network while it runs, as vectors.
+- `nc_nbdev.paper.cascade`: Do the layers before the last collapse too, how much, and in what order?
+- `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn. Do train features collapse all the same?
 - `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: collapse as something one can turn with the mouse.
-- `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means; on test data they stop on the way.
-- `nc_nbdev.paper.training_longer`: A network trained on pairs of classes knows the classes in the middle of training, and forgets them while its features collapse.
-- `nc_nbdev.paper.which_layer`: Early in training the last layer knows the fine classes best; at the end a layer before it does.
-- `nc_nbdev.rooms`: The rooms, their modules, and who imports whom, drawn from the source.
-- `nc_nbdev.studies`: Every study, one command, one scoreboard.
-- `nc_nbdev.theory.deep_unconstrained`: More layers on top of free features: every layer collapses, the soft threshold becomes a jump, zero becomes a trap, and with ReLU collapse stops being unique and then optimal.
-- `nc_nbdev.theory.local_elasticity`: If a step on one sample moves its own class more than the others, classes separate and collapse; if not, they never do, however long one trains. The condition is one inequality, and both its sides can be measured in a network.
+- `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means. On fresh data they stop on the way.
+- `nc_nbdev.paper.training_longer`: Coarse test accuracy stays where it is. Does it say when to stop, if the features are meant for finer classes?
+- `nc_nbdev.paper.which_layer`: When the last layer gets worse for finer classes, do the layers before it get worse too?
+- `nc_nbdev.reproduce`: One command runs every study and prints one scoreboard.
+- `nc_nbdev.rooms`: The rooms, their modules, and who imports whom, read from the source.
+- `nc_nbdev.theory.deep_unconstrained`: With more layers on top of free features every linear layer collapses. But the soft threshold becomes a jump, small starts can end at zero, and with ReLU there are other minima, some of them better than collapse.
+- `nc_nbdev.theory.free_features`: One model, in which features and weights are free parameters, for all pages of this room: its problem, its minimum by descent, its path, and the tables of both.
+- `nc_nbdev.theory.local_elasticity`: If a training step on one sample moves its own class more than the other classes, the class means move apart faster than noise spreads. The condition is one inequality, and both of its sides can be measured in a network.
 - `nc_nbdev.theory.many_classes`: When no simplex fits, collapse maximises another quantity, the one-vs-rest margin. Its largest value is known up to twice as many classes as dimensions, and cross-entropy reaches it as the temperature goes to zero.
-- `nc_nbdev.theory.minority_collapse`: When some classes have few samples their classifiers do not only lean towards each other: beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
-- `nc_nbdev.theory.modelling_principles`: Why does collapse happen? Nine answers, what each assumes, what each predicts of NC1 to NC4, and the one thing that none of them predicts: what happens on fresh data.
-- `nc_nbdev.theory.normalised`: Put every feature and every classifier row on a sphere: no regulariser is left to tune, the minimiser is the simplex at every temperature, and gradient descent on the sphere finds it from every start.
-- `nc_nbdev.theory.perturbation`: Real features cannot go wherever the loss wants them: they are held near what the layers below deliver. A model with this one constraint says how much of the collapse is left.
-- `nc_nbdev.theory.transfer_bound`: If classes are small compared with their distance, a few examples suffice to tell them apart: a bound with its best constant. Whether classes *unseen* in training are small is another question, and on digits they are not.
-- `nc_nbdev.theory.unconstrained_ce`: If a network could place its features anywhere, weight decay and cross-entropy would place them on a simplex: the minimiser, its size and the way there, in closed form.
-- `nc_nbdev.theory.unconstrained_mse`: With squared error everything can be solved: which singular values survive weight decay, what the bias decides, and how collapse proceeds in time."""
+- `nc_nbdev.theory.minority_collapse`: When some classes have few samples their classifiers do not only lean towards each other. Beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
+- `nc_nbdev.theory.normalised`: Put every feature and every classifier row on a sphere. No weight decay is left to choose. The minimum is the simplex at every temperature, and gradient descent on the spheres finds it from every start.
+- `nc_nbdev.theory.perturbation`: Real features cannot go wherever the loss wants them: they stay near what the layers below deliver. A model with this one constraint says how much of the collapse is left.
+- `nc_nbdev.theory.transfer_bound`: If classes are small compared with their distance, a few examples suffice to tell them apart: a bound, with the best constant for two classes and known centres. Whether classes that were *not* in training are small is another question; on digits they are not.
+- `nc_nbdev.theory.unconstrained_ce`: If a network could place its features anywhere, weight decay and cross-entropy would place them on a simplex. The minimiser, its size and the way there have closed forms.
+- `nc_nbdev.theory.unconstrained_mse`: With squared error everything can be solved: which singular values survive weight decay, what the bias decides, and how collapse proceeds in time.
+- `nc_nbdev.vision.data`: A data set is four tensors and the names of the classes. Every change of it is a pure function of a seed.
+- `nc_nbdev.vision.loaders`: A loader without workers: the order of the batches depends on nothing but the seed and the epoch.
+- `nc_nbdev.vision.models`: The networks of the neural collapse literature for small images, and the layers of each that are worth measuring.
+- `nc_nbdev.vision.recipes`: One dataclass says everything that determines a training run on images, and presets say which recipes a scale has.
+- `nc_nbdev.vision.sources`: One function gives a data set by its name: made here, from torchvision, or from a folder of image files.
+- `nc_nbdev.vision.training`: A recipe becomes data, a model and a fastai `Learner`.
+- `nc_nbdev.vision.transfer`: Every question to features, asked of every layer and every snapshot of a run; and three more that need images: pixels, fine-tuning, another data set."""
 
 __version__ = "0.1.0"
 
