@@ -263,3 +263,22 @@ def test_separability_of_known_sets():
     assert nearest_centre.linearly_separable(ring, torch.arange(12))  # corners of a convex polygon, one class each
     with pytest.raises(ValueError, match="two classes"): nearest_centre.linearly_separable(ring, torch.zeros(12).long())
     with pytest.raises(ValueError, match="11 labels"): nearest_centre.linearly_separable(ring, torch.arange(11))
+
+
+@pytest.mark.parametrize("name", ["nc2_norms", "nc2_angles", "nc2_max_angle", "nc2_etf"])
+def test_the_global_mean_is_a_named_convention(name):
+    "Unbalanced classes: centred at the mean of the samples, as an argument and by hand."
+    measure, y = getattr(means, name), torch.arange(3).repeat_interleave(torch.tensor([4, 8, 40]))
+    stats = nc.ClassStatistics.from_features(torch.randn(52, 6) + 3 * torch.eye(3, 6)[y], y, num_classes=3)
+    by_hand = measure(stats.means - stats.global_mean("sample"), centred=False)
+    assert measure(stats, weighting="sample") == pytest.approx(by_hand) and measure(stats) != pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("name", ["nc3_duality", "nc3_etf", "nc3_cosine"])
+def test_the_global_mean_is_a_named_convention_of_duality(name):
+    measure, y = getattr(duality, name), torch.arange(3).repeat_interleave(torch.tensor([4, 8, 40]))
+    stats = nc.ClassStatistics.from_features(torch.randn(52, 6) + 3 * torch.eye(3, 6)[y], y, num_classes=3)
+    W = torch.randn(3, 6)
+    by_hand = measure(W, stats.means - stats.global_mean("sample"), centred=False)
+    assert measure(W, stats, weighting="sample") == pytest.approx(by_hand)
+    assert measure(W, stats) != pytest.approx(by_hand)

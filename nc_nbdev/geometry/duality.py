@@ -15,9 +15,9 @@ from .means import as_rows, class_rows, gram_distance, unit_rows
 from .statistics import ClassStatistics, as_tensor
 
 # %% ../../nbs/geometry/40_duality.ipynb #4de1f676
-def _pair(W, source, centred):
+def _pair(W, source, centred, weighting="class"):
     "W and the (centred) means as float64 (K, D) tensors on one device. Raises ValueError when their shapes differ."
-    M = class_rows(source, centred=centred)
+    M = class_rows(source, centred=centred, weighting=weighting)
     W = as_rows(W, "W", M.device)
     if W.shape != M.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the class means {tuple(M.shape)}: expected (K, D) of both")
@@ -29,11 +29,12 @@ def nc3_duality(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
     *,
     centred: bool = True,  # compare with mu_c - mu_G; False: with mu_c
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
     squared: bool = False,  # the squared distance, as Papyan plots it
     row_normalised: bool = False,  # scale each row to norm 1, not the whole matrix
 ) -> float:  # 0 (dual) to 2 (opposite), or to 2 sqrt(K) row by row; to the squares of these when squared
     "Distance of the classifier to the class means, both scaled to norm 1 (Papyan, Han, Donoho 2020)."
-    W, M = _pair(W, source, centred)
+    W, M = _pair(W, source, centred, weighting)
     if row_normalised: W, M = unit_rows(W, "W"), unit_rows(M)
     else: W, M = _unit_matrix(W, "W"), _unit_matrix(M, "the matrix of class means")
     distance = (W - M).norm().item()
@@ -52,9 +53,10 @@ def nc3_etf(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
     *,
     centred: bool = True,  # M holds mu_c - mu_G; False: mu_c
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # 0 (dual, and a simplex) to 2
     "Distance of the normalised `W M^T` to the simplex's Gram matrix (Zhu et al. 2021, 2105.02375)."
-    W, M = _pair(W, source, centred)
+    W, M = _pair(W, source, centred, weighting)
     return gram_distance(W @ M.T, simplex_gram(len(M)))
 
 # %% ../../nbs/geometry/40_duality.ipynb #86dfd7e5
@@ -63,9 +65,10 @@ def nc3_cosine(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) class means
     *,
     centred: bool = True,  # cosines with mu_c - mu_G; False: with mu_c
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # -1 to 1; 1 when every row points along its class mean
     "Mean cosine of a classifier row and its centred class mean. Raises ValueError when a row is zero."
-    W, M = _pair(W, source, centred)
+    W, M = _pair(W, source, centred, weighting)
     return (unit_rows(W, "the classifier row") * unit_rows(M)).sum(1).mean().clamp(-1, 1).item()
 
 # %% ../../nbs/geometry/40_duality.ipynb #df6c97d8

@@ -25,9 +25,10 @@ def class_rows(
     source: ClassStatistics | Tensor,  # class statistics, or K rows of length D: class means, or a classifier's W
     *,
     centred: bool = True,  # subtract the mean of the rows, mu_G
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> Tensor:  # (K, D) float64
     "The rows `M_c = mu_c - mu_G`, or `mu_c` as they are. Raises ValueError on an empty class, a wrong shape, NaN."
-    if isinstance(source, ClassStatistics): mu, mu_G = source.means, source.global_mean()  # refuses empty classes
+    if isinstance(source, ClassStatistics): mu, mu_G = source.means, source.global_mean(weighting)  # no empty class
     else: mu = as_rows(source); mu_G = mu.mean(0)
     return centre_rows(mu, mu_G) if centred else mu.clone()
 
@@ -51,9 +52,10 @@ def nc2_norms(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # compare |mu_c - mu_G|; False: the rows as they are (Papyan's choice for W)
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0; 0 when all norms are equal
     "Spread of the norms `|M_c|` over their mean (Papyan, Han, Donoho 2020). Raises ValueError when all are zero."
-    norms = class_rows(source, centred=centred).norm(dim=1)  # (K,)
+    norms = class_rows(source, centred=centred, weighting=weighting).norm(dim=1)  # (K,)
     if norms.max() == 0: raise ValueError("all class means coincide: their norms are 0 and have no relative spread")
     return (norms.std(correction=0) / norms.mean()).item()
 
@@ -74,14 +76,15 @@ def nc2_angles(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # angles seen from mu_G; False: from the origin
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0; 0 when all angles are equal
     "Standard deviation of `cos(M_c, M_c')` over pairs (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
-    return _cosines(source, centred).std(correction=0).item()
+    return _cosines(source, centred, weighting).std(correction=0).item()
 
 # %% ../../nbs/geometry/30_means.ipynb #139a3938
-def _cosines(source, centred) -> Tensor:  # (K, K-1)
+def _cosines(source, centred, weighting) -> Tensor:  # (K, K-1)
     "Cosines of each row with every other row."
-    U = unit_rows(class_rows(source, centred=centred))
+    U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
     cos = (U @ U.T).clamp(-1, 1)  # (K, K)
     return cos[~torch.eye(len(U), dtype=torch.bool, device=U.device)].view(len(U), -1)  # without the diagonal
 
@@ -90,9 +93,10 @@ def nc2_max_angle(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # angles seen from mu_G; False: from the origin
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0; 0 when every cosine is -1/(K-1)
     "Mean distance of `cos(M_c, M_c')` from -1/(K-1) (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
-    cos = _cosines(source, centred)  # (K, K-1)
+    cos = _cosines(source, centred, weighting)  # (K, K-1)
     K = len(cos)
     return (cos + 1 / (K - 1)).abs().mean().item()
 
@@ -101,9 +105,10 @@ def nc2_etf(
     source: ClassStatistics | Tensor,  # class statistics, or (K, D) rows
     *,
     centred: bool = True,  # compare the Gram matrix of mu_c - mu_G; False: of the rows as they are
+    weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # 0 (a simplex) to sqrt(2)
     "Distance of the normalised Gram matrix `M M^T` to the simplex's (Zhu et al. 2021, 2105.02375)."
-    M = class_rows(source, centred=centred)
+    M = class_rows(source, centred=centred, weighting=weighting)
     return gram_distance(M @ M.T, simplex_gram(len(M)))
 
 # %% ../../nbs/geometry/30_means.ipynb #aed19413
