@@ -59,14 +59,14 @@ def _figure(history, num_classes):
     for name, line in zip(history.condition.unique(), ("-", "--", ":"), strict=True):
         plot_measure(history, "train_variance", "train", condition=name, ax=left, label=name, linestyle=line)
         plot_measure(history, "accuracy", "test", condition=name, ax=right, log=False, linestyle=line)
-    right.axhline(1 / num_classes, color="0.5", linewidth=1, linestyle=":")
+    for ax, level in ((left, CLAIMS[0].bar), (right, 1 / num_classes)): ax.axhline(level, color="0.5", linewidth=1)
     left.set_ylabel(r"train variance / tr $\Sigma_B$"); right.set_ylabel("test accuracy"); right.set_ylim(0, 1.02)
     for ax in (left, right): epoch_axis(ax, history.epoch.max())
     left.legend()
     return fig
 
 # %% ../../nbs/paper/10_random_labels.ipynb #98fb3d91
-@study("random_labels", "Optimisation, not generalisation", CLAIMS)
+@study("random_labels", "Random labels", CLAIMS)
 def run_random_labels(settings, progress):
     "Study 2: train collapse with random labels."
     history = histories(_conditions(settings), settings, progress)

@@ -203,11 +203,12 @@ def _figure(history, pixels):
     right.set_xlabel("NC1 (train) at T; more collapse to the right")
     lowest = history.value[(history.measure == PROBE) & (history.condition != "fine")].min()
     left.set_ylim(min(0.5, lowest - 0.02), 1.01)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, handlelength=3.5)
+    right.set_title("fine probe at T")
     return fig
 
 # %% ../../nbs/paper/20_training_longer.ipynb #41e09204
-@study("training_longer", "Training longer, worse features", CLAIMS)
+@study("training_longer", "Training longer", CLAIMS)
 def run_training_longer(settings, progress):
     "Study 3: the fine probe over epochs and weight decays."
     runs = condition_runs(_conditions(settings), settings, progress)
