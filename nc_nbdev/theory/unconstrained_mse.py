@@ -106,11 +106,11 @@ def mse_parts(
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #fe29378c
 def renormalised_law(
-    start: float,          # singular value omega at t = 0
+    start: float,          # singular value zeta at t = 0
     t: float,              # time
     problem: Problem,      # its K and n
     whiten: bool = False,  # the law of whitening instead of projecting
-) -> float:                # omega(t)
+) -> float:                # zeta(t)
     "A singular value on the central path in closed form (Han et al. 2021, 2106.02073, for projecting)."
     K, N = problem.num_classes, problem.num_classes * problem.per_class
     if whiten: clock = lambda w: N * (K * math.log(w) + w**2 / 2)
@@ -143,10 +143,10 @@ def renormalised_path(
     H, t, kept, eye = _renormalise(model.H.detach(), y, whiten=True), 0.0, [], torch.eye(problem.dim).double()
     for _ in range(steps + 1):
         M = torch.stack([H[y == c].mean(0) for c in range(K)])
-        omega = torch.linalg.svdvals(M)[: K - 1]
-        kept.append((t, omega))
+        zeta = torch.linalg.svdvals(M)[: K - 1]
+        kept.append((t, zeta))
         W = torch.linalg.solve(K * eye + M.T @ M, M.T).T
-        dt = pace * n * (K + omega[-1].item() ** 2) ** (1 if whiten else 2) * (K if whiten else 1)
+        dt = pace * n * (K + zeta[-1].item() ** 2) ** (1 if whiten else 2) * (K if whiten else 1)
         H = _renormalise(H - dt / len(y) * (H @ W.T - model.Y + 1 / K) @ W, y, whiten)
         t += dt
     return kept
