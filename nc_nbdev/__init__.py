@@ -24,17 +24,17 @@ Modules:
 - `nc_nbdev.lab.taps`: Take the features of any layer of any network while it runs, as vectors.
 - `nc_nbdev.paper.cascade`: Do the layers before the last collapse too, how much, and in what order?
 - `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn. Do train features collapse all the same?
-- `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: collapse as something one can turn with the mouse.
-- `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means. On fresh data they stop on the way.
-- `nc_nbdev.paper.training_longer`: Coarse test accuracy stays where it is. Does it say when to stop, if the features are meant for finer classes?
+- `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: a picture of collapse that you can turn with the mouse.
+- `nc_nbdev.paper.train_vs_test`: On the train set features run into their class means. Do the features of fresh images follow them?
+- `nc_nbdev.paper.training_longer`: Coarse test accuracy does not fall late in training. Does it say when to stop, if the features are meant for finer classes?
 - `nc_nbdev.paper.which_layer`: When the last layer gets worse for finer classes, do the layers before it get worse too?
 - `nc_nbdev.reproduce`: One command runs every study and prints one scoreboard.
 - `nc_nbdev.rooms`: The rooms, their modules, and who imports whom, read from the source.
-- `nc_nbdev.theory.deep_unconstrained`: With more layers on top of free features every linear layer collapses. But the soft threshold becomes a jump, small starts can end at zero, and with ReLU there are other minima, some of them better than collapse.
+- `nc_nbdev.theory.deep_unconstrained`: With more layers on top of free features every linear layer is collapsed at the minimum. But the soft threshold becomes a jump, small starts can end at zero, and with ReLU there are other minima, some of them better than collapse.
 - `nc_nbdev.theory.free_features`: One model, in which features and weights are free parameters, for all pages of this room: its problem, its minimum by descent, its path, and the tables of both.
 - `nc_nbdev.theory.local_elasticity`: If a training step on one sample moves its own class more than the other classes, the class means move apart faster than noise spreads. The condition is one inequality, and both of its sides can be measured in a network.
 - `nc_nbdev.theory.many_classes`: When no simplex fits, collapse maximises another quantity, the one-vs-rest margin. Its largest value is known up to twice as many classes as dimensions, and cross-entropy reaches it as the temperature goes to zero.
-- `nc_nbdev.theory.minority_collapse`: When some classes have few samples their classifiers do not only lean towards each other. Beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
+- `nc_nbdev.theory.minority_collapse`: When some classes have few samples, and features are free, the classifiers of these classes do not only lean towards each other. Beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
 - `nc_nbdev.theory.normalised`: Put every feature and every classifier row on a sphere. No weight decay is left to choose. The minimum is the simplex at every temperature, and gradient descent on the spheres finds it from every start.
 - `nc_nbdev.theory.perturbation`: Real features cannot go wherever the loss wants them: they stay near what the layers below deliver. A model with this one constraint says how much of the collapse is left.
 - `nc_nbdev.theory.transfer_bound`: If classes are small compared with their distance, a few examples suffice to tell them apart: a bound, with the best constant for two classes and known centres. Whether classes that were *not* in training are small is another question; on digits they are not.

@@ -1,4 +1,4 @@
-"""Four classes, three dimensions: collapse as something one can turn with the mouse.
+"""Four classes, three dimensions: a picture of collapse that you can turn with the mouse.
 
 Features seen in the span of the class means: `mean_directions` (a basis of it, turned to a given position), `project` (coordinates in which a collapsed network is a unit simplex)."""
 

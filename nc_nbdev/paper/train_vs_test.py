@@ -1,4 +1,4 @@
-"""On the train set features run into their class means. On fresh data they stop on the way.
+"""On the train set features run into their class means. Do the features of fresh images follow them?
 
 Study 1: train collapse happens, weak and strong test collapse do not (Hui, Belkin, Nakkiran 2202.08384), with a matched control at weak decay, a positive control where test collapse does happen, and train images in the place of test images."""
 

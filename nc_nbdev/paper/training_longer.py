@@ -1,4 +1,4 @@
-"""Coarse test accuracy stays where it is. Does it say when to stop, if the features are meant for finer classes?
+"""Coarse test accuracy does not fall late in training. Does it say when to stop, if the features are meant for finer classes?
 
 Study 3: train on coarse classes, probe for the fine ones, at full and at weak decay (Hui, Belkin, Nakkiran 2202.08384), and what the clusters that collapse leaves still say (Yang, Steinhardt, Hu 2306.17105)."""
 

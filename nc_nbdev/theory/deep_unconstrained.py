@@ -1,4 +1,4 @@
-"""With more layers on top of free features every linear layer collapses. But the soft threshold becomes a jump, small starts can end at zero, and with ReLU there are other minima, some of them better than collapse.
+"""With more layers on top of free features every linear layer is collapsed at the minimum. But the soft threshold becomes a jump, small starts can end at zero, and with ReLU there are other minima, some of them better than collapse.
 
 Unconstrained features below several layers, squared error: the minimum of the linear model in closed form (`deep_minimum`,
 `critical_strength`; Tirer and Bruna 2202.08087, Dang et al. 2301.00437), the pace of collapse by layer (`layer_rates`), the low-rank

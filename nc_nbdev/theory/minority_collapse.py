@@ -1,4 +1,4 @@
-"""When some classes have few samples their classifiers do not only lean towards each other. Beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
+"""When some classes have few samples, and features are free, the classifiers of these classes do not only lean towards each other. Beyond a finite imbalance they become one and the same vector, at a ratio that one line of algebra predicts.
 
 Free features of unbalanced classes (Fang et al. 2021, 2101.12699; Hong, Ling 2023, 2309.09725; Thrampoulidis et al. 2022, 2208.05512): the problem under three conventions (`peeled`) and its minimum (`minimum`), when classes merge (`merges`, `critical_ratio`, `locate_merging`), the minimum for two groups from four numbers (`two_groups`), what oversampling does (`descend_batches`), the limit without regularisation (`seli_gram`), and the study `run_minority_collapse`, which also trains networks."""
 
