@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
-from ..lab.history import curves, fall, final, late_slope, tpt_start
+from ..lab.history import curves, final, late_slope, tpt_start
 from ..lab.studies import Measured, histories, study
 from ..vision.recipes import ImageRecipe, image_grid
 

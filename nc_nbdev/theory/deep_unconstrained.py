@@ -12,7 +12,7 @@ __all__ = ['CLAIMS', 'critical_strength', 'deep_problem', 'DeepMinimum', 'deep_m
 
 # %% ../../nbs/theory/30_deep_unconstrained.ipynb #3ca8a139
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..geometry.etf import simplex_etf
 from ..geometry.means import one_vs_rest_margin
-from ..geometry.nearest_centre import logit_margin
 from ..lab.claims import Statement
 from ..lab.settings import Settings
 from ..lab.studies import Measured, study
