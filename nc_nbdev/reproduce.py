@@ -194,7 +194,7 @@ def plan(
         for r in planned(lambda name=name: load_study(name).measure(settings, False)):
             asked.setdefault(recipe_id(r), (r, []))[1].append(name)
     table = plan_table([r for r, _ in asked.values()], settings)
-    return table.assign(studies=[", ".join(found) for _, found in asked.values()])
+    return table.assign(studies=[found for _, found in asked.values()])
 
 
 def format_plan(
@@ -203,7 +203,7 @@ def format_plan(
 ) -> str:                  # lines for a terminal
     "The plan as text."
     cores, missing = os.cpu_count() or 1, table[table.state != "finished"]
-    of = lambda part, name: part.studies.str.contains(name).sum()
+    of = lambda part, name: sum(name in found for found in part.studies)
     lines = [f"{name:<20} {of(table, name):>4} runs, {of(missing, name)} of them to train" for name in names]
     minutes, unknown = missing.seconds.sum() / cores / 60, missing.seconds.isna().sum()
     end = f"about {minutes:.0f} minutes of training on {cores} cores"
