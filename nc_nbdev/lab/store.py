@@ -136,22 +136,36 @@ def sound(
 
 # %% ../../nbs/lab/05_store.ipynb #4f19bec0
 @patch
-def write_json(self: Entry, name: str, value):
+def write_json(
+    self: Entry,
+    name: str,  # of a file of the entry
+    value,      # what JSON can hold
+):
     "Write a value as JSON."
     with self.write(name) as draft: draft.write_text(json.dumps(value, indent=1))
 
 @patch
-def read_json(self: Entry, name: str):
+def read_json(
+    self: Entry,
+    name: str,  # of a file of the entry
+):              # the value
     "Read a value back. Raises as `Entry.path` does."
     return json.loads(self.path(name).read_text())
 
 @patch
-def write_table(self: Entry, name: str, table: pd.DataFrame):
+def write_table(
+    self: Entry,
+    name: str,  # of a file of the entry
+    table: pd.DataFrame,  # its index is not kept
+):
     "Write a table as Parquet, without its index."
     with self.write(name) as draft: table.to_parquet(draft, index=False)
 
 @patch
-def read_table(self: Entry, name: str) -> pd.DataFrame:
+def read_table(
+    self: Entry,
+    name: str,  # of a file of the entry
+) -> pd.DataFrame:
     "Read a table back. Raises as `Entry.path` does."
     return pd.read_parquet(self.path(name))
 

@@ -93,7 +93,10 @@ def _figure(history):
 
 # %% ../../nbs/paper/40_cascade.ipynb #3f05e482
 @study("cascade", "Cascading collapse", CLAIMS)
-def run_cascade(settings, progress):
+def run_cascade(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Study 5: NC1 by layer."
     history = histories(_conditions(settings), settings, progress)
     return Measured(_numbers(history), history, {"cascade": _figure(history[history.condition == "full decay"])})

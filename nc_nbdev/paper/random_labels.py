@@ -67,7 +67,10 @@ def _figure(history, num_classes):
 
 # %% ../../nbs/paper/10_random_labels.ipynb #98fb3d91
 @study("random_labels", "Random labels", CLAIMS)
-def run_random_labels(settings, progress):
+def run_random_labels(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Study 2: train collapse with random labels."
     history = histories(_conditions(settings), settings, progress)
     K = image_base(settings).data(settings.data_dir).num_classes

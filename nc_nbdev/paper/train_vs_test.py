@@ -115,7 +115,10 @@ def _figure(history, title):
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #419984ac
 @study("train_vs_test", "Train versus test collapse", CLAIMS)
-def run_train_vs_test(settings, progress):
+def run_train_vs_test(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Study 1: train collapse, strong and weak test collapse."
     grid = image_grid(settings)
     history, found = histories(_conditions(settings), settings, progress), {}

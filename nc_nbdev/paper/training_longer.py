@@ -209,7 +209,10 @@ def _figure(history, pixels):
 
 # %% ../../nbs/paper/20_training_longer.ipynb #41e09204
 @study("training_longer", "Training longer", CLAIMS)
-def run_training_longer(settings, progress):
+def run_training_longer(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Study 3: the fine probe over epochs and weight decays."
     runs = condition_runs(_conditions(settings), settings, progress)
     history = recorded(runs)

@@ -75,7 +75,10 @@ def _jobs(runs, history, layers):
 
 
 @study("which_layer", "Which layer transfers", CLAIMS)
-def run_which_layer(settings, progress):
+def run_which_layer(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Study 4: the fine probe by layer."
     runs = condition_runs(coarse_tasks(settings), settings, progress)
     history, layers = recorded(runs), tap_layers(runs["pairs"][0].model(0))

@@ -168,7 +168,10 @@ def _best_logits(relative, group):
 
 
 @study("deep_unconstrained", "Deeper unconstrained models", CLAIMS)
-def run_deep_unconstrained(settings, progress):
+def run_deep_unconstrained(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Minimise deep unconstrained features models from many starts, and compare with their closed forms."
     groups = start_groups(settings)
     seeds, narrow = [group[0] for group in groups], deep_problem(2, widths=(6, 2))

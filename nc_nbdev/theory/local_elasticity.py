@@ -237,7 +237,10 @@ CLAIMS = (
 
 # %% ../../nbs/theory/80_local_elasticity.ipynb #ea09c83a
 @study("local_elasticity", "Local elasticity: a race between growth and noise", CLAIMS)
-def run_local_elasticity(settings: Settings, progress: bool) -> Measured:
+def run_local_elasticity(
+    settings: Settings = None,   # scale, seeds and folders, default those of settings.ini
+    progress: bool = True,   # show bars
+) -> Measured:
     "Measure the claims of local elasticity (Zhang, Wang, Su 2021, 2110.05960); deterministic by seed."
     seeds = [200 + s for s in settings.seed_range]             # 0 to 2 were used to choose the recipe and the bars
     long = torch.logspace(0, 4, 601, dtype=torch.float64)

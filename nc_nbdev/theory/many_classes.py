@@ -114,7 +114,10 @@ CLAIMS = (
 
 # %% ../../nbs/theory/50_many_classes.ipynb #96d247a6
 @study("many_classes", "More classes than dimensions", CLAIMS)
-def run_many_classes(settings: Settings, progress: bool) -> Measured:
+def run_many_classes(
+    settings: Settings = None,   # scale, seeds and folders, default those of settings.ini
+    progress: bool = True,   # show bars
+) -> Measured:
     "The claims about more classes than dimensions. A seed is a random start."
     starts, cold, warm = max(12, settings.seeds), taus[-1], taus[0]
     cases = (*_known, *((K, 3) for K in tammes_margins))

@@ -225,7 +225,10 @@ def _to_seli(seed):
 
 # %% ../../nbs/theory/60_minority_collapse.ipynb #10b2bfb4
 @study("minority_collapse", "Minority collapse", CLAIMS)
-def run_minority_collapse(settings: Settings, progress: bool) -> Measured:
+def run_minority_collapse(
+    settings: Settings = None,   # scale, seeds and folders, default those of settings.ini
+    progress: bool = True,   # show bars
+) -> Measured:
     "The claims about unbalanced classes: the model, its thresholds and limits, and trained networks."
     seeds = range(settings.first_seed, settings.first_seed + max(3, settings.seeds))
     small, n_A = _located(seeds, slice(3, 6), (1, 300)), 1 / (6 * 5e-3) ** 2

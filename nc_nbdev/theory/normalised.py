@@ -118,7 +118,10 @@ CLAIMS = (
 
 # %% ../../nbs/theory/40_normalised.ipynb #cf91fd4e
 @study("normalised", "Normalised features", CLAIMS)
-def run_normalised(settings: Settings, progress: bool) -> Measured:
+def run_normalised(
+    settings: Settings = None,   # scale, seeds and folders, default those of settings.ini
+    progress: bool = True,   # show bars
+) -> Measured:
     "The claims about normalised features. A seed is a random start; of T4d it is a set of 40 starts."
     starts, first = max(12, settings.seeds), settings.first_seed
     four = lambda D: on_spheres(4, D, 4, tau=2.0)

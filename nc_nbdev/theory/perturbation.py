@@ -208,7 +208,10 @@ def _shrinkage_errors(seed):
 
 # %% ../../nbs/theory/70_perturbation.ipynb #45391aa3
 @study("perturbation", "Perturbation analysis: features held near a given matrix", CLAIMS)
-def run_perturbation(settings: Settings, progress: bool) -> Measured:
+def run_perturbation(
+    settings: Settings = None,   # scale, seeds and folders, default those of settings.ini
+    progress: bool = True,   # show bars
+) -> Measured:
     "Measure the claims of the perturbation analysis (Tirer et al. 2022, 2210.16658); deterministic by seed."
     near, seeds = Problem(4, 6, 12, 0.02, 0.1 / 48, math.inf, "mse"), list(settings.seed_range)
     def error(noise, seed):

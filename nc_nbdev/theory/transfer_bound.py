@@ -159,7 +159,10 @@ def _largest_ratio(seed):
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #6d43c79b
 @study("transfer_bound", "Transfer: what a small CDNV buys", CLAIMS)
-def run_transfer_bound(settings: Settings, progress: bool) -> Measured:
+def run_transfer_bound(
+    settings: Settings = None,   # scale, seeds and folders, default those of settings.ini
+    progress: bool = True,   # show bars
+) -> Measured:
     "Measure the claims of the transfer bound (Galanti et al. 2021, 2112.15121); deterministic by seed."
     seeds = [200 + s for s in settings.seed_range]             # 0 to 2 were used to choose the recipe and the bars
     most = image_base(settings).data(settings.data_dir).num_classes - 3

@@ -140,7 +140,10 @@ def _flow_ends(problem, groups, scale):
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #a5491a36
 @study("unconstrained_ce", "Unconstrained features, cross-entropy", CLAIMS)
-def run_unconstrained_ce(settings, progress):
+def run_unconstrained_ce(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Minimise the unconstrained features model with cross-entropy from many starts, and compare with its closed forms."
     problem, groups = Problem(), start_groups(settings)
     K = problem.num_classes

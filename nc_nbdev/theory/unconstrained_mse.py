@@ -194,7 +194,10 @@ def _law_error(problem, seed, whiten, law):
 
 # %% ../../nbs/theory/20_unconstrained_mse.ipynb #105488c3
 @study("unconstrained_mse", "Unconstrained features, squared error", CLAIMS)
-def run_unconstrained_mse(settings, progress):
+def run_unconstrained_mse(
+    settings=None,   # scale, seeds and folders, default those of settings.ini
+    progress=True,   # show bars
+):
     "Minimise the unconstrained features model with squared error from many starts, and compare with its closed forms."
     problem, groups = Problem(loss="mse", lb=0.0).at_strength(0.05), start_groups(settings)
     wide, seeds = replace(problem, per_class=8), [group[0] for group in groups]

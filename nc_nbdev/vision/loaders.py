@@ -77,7 +77,10 @@ def set_epoch(
     return self
 
 @patch
-def to(self: TensorLoader, device: str | torch.device) -> TensorLoader:
+def to(
+    self: TensorLoader,
+    device: str | torch.device,   # where to
+) -> TensorLoader:   # itself
     "Move the data, once, to a device."
     self.device = torch.device(device)
     for name in ("images", "labels", "mean", "std"): setattr(self, name, getattr(self, name).to(self.device))

@@ -82,17 +82,27 @@ def _check_recipe(recipe):
 
 # %% ../../nbs/vision/00_recipes.ipynb #dac493e5
 @patch
-def prepare(self: ImageRecipe, data_dir: Path | None = None):
+def prepare(
+    self: ImageRecipe,
+    data_dir: Path | None = None,   # where data sets are, default that of settings.ini
+):
     "Download the data set if it is not there. Raises `FileNotFoundError`, with what to do, where that fails."
     load_dataset(self.dataset, data_dir)
 
 @patch
-def data(self: ImageRecipe, data_dir: Path | None = None) -> ImageData:
+def data(
+    self: ImageRecipe,
+    data_dir: Path | None = None,   # where data sets are, default that of settings.ini
+) -> ImageData:
     "The train and test set, changed as the recipe says. Raises as `prepare_data` does."
     return prepare_data(self, data_dir)
 
 @patch
-def learner(self: ImageRecipe, data_dir: Path | None = None, device="cpu") -> Learner:
+def learner(
+    self: ImageRecipe,
+    data_dir: Path | None = None,   # where data sets are, default that of settings.ini
+    device: str | torch.device = "cpu",   # where it trains
+) -> Learner:
     "An untrained `Learner`; `learn.fit(recipe.epochs)` trains it."
     data = self.data(data_dir)
     set_seed(self.seed)
@@ -100,7 +110,11 @@ def learner(self: ImageRecipe, data_dir: Path | None = None, device="cpu") -> Le
 
 # %% ../../nbs/vision/00_recipes.ipynb #1a12c9b8
 @patch
-def loaders(self: ImageRecipe, data_dir: Path | None = None, device="cpu") -> dict[str, TensorLoader]:
+def loaders(
+    self: ImageRecipe,
+    data_dir: Path | None = None,   # where data sets are, default that of settings.ini
+    device: str | torch.device = "cpu",   # where the batches live
+) -> dict[str, TensorLoader]:
     "The batches to measure with, by split: train, test, and the train set in two parts, rest and seen."
     _, train, test = image_loaders(self.data(data_dir), device=device)
     seen = _stratified(train.labels.cpu(), min(len(test.labels), len(train.labels) // 4), seeded(self.seed, "seen"))
