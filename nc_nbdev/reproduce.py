@@ -17,6 +17,7 @@ import html
 import json
 import os
 import platform
+import shutil
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -289,7 +290,10 @@ def confirm(
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
                                "datasets": tuple(entry["datasets"]), "overrides": {}})
     out = folder / scale / f"{date.today().isoformat()}-{code}"
-    claims = _run(entry["studies"], settings, out, progress)
+    report = report_folder(settings) / f"confirm-{scale}"        # histories and figures are large, and stay there
+    claims = _run(entry["studies"], settings, report, progress)
+    out.mkdir(parents=True)
+    for name in ("claims.json", "environment.json"): shutil.copy(report / name, out)
     return claims, out
 
 # %% ../nbs/reproduce.ipynb #49c11e84

@@ -177,6 +177,16 @@ def test_registered_then_confirmed(tiny_project):
     with pytest.raises(ValueError, match="was registered with the code ffff"): command.confirm("quick", progress=False)
 
 
+def test_a_confirmed_design_is_kept_once(tiny_project, monkeypatch):
+    tiny = command._settings().overrides                       # a registered design has none: the runs would be long
+    monkeypatch.setattr(command, "get_settings", lambda f=command.get_settings, **k: f(**k | {"overrides": tiny}))
+    command.register(command._settings(first_seed=1000, seeds=2), "random_labels")
+    claims, out = command.confirm("quick", progress=False)
+    assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json"] and len(claims[0].values) == 2
+    assert len(command.kept_results(tiny_project / "results")["quick"]) == len(claims)
+    with pytest.raises(ValueError, match="kept results are not overwritten"): command.confirm("quick", progress=False)
+
+
 def test_kept_results_are_the_newest_that_stand(tmp_path):
     made = Statement("a", "", "", "", at_least=1).claim([2, 2], [0, 0])
     for day, value in (("2026-01-01-x", 1.0), ("2026-01-02-y", 2.0), ("2026-01-03-z", 3.0)):
