@@ -65,12 +65,14 @@ def make_learner(
     device="cpu",        # where to train
 ) -> Learner:            # `learn.fit(recipe.epochs)` trains it
     "A fastai `Learner` that trains as the recipe says, and prints nothing; its weights are drawn by the current seed."
-    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     channels, size, _ = data.image_shape
     model = build_model(recipe.model, data.num_classes, channels, recipe.width, size)
+    odd = any(isinstance(m, torch.nn.Conv2d) and m.out_channels % 8 for m in model.modules())
+    last = recipe.memory_format == "channels_last" and not odd        # oneDNN's AVX2 kernels crash on 4 channels
+    form = torch.channels_last if last else torch.contiguous_format
     train_dl, _, test_dl = loaders(data, recipe.batch_size, recipe.seed, device, recipe.augment)
     learn = Learner(
-        DataLoaders(train_dl, test_dl, device=device), model.to(device, memory_format=formats[recipe.memory_format]),
+        DataLoaders(train_dl, test_dl, device=device), model.to(device, memory_format=form),
         lr=recipe.lr, wd=recipe.weight_decay, wd_bn_bias=True,
         loss_func=F.cross_entropy if recipe.loss == "cross_entropy" else mse_one_hot,
         opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=recipe.momentum)),
