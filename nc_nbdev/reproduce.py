@@ -154,7 +154,7 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable     # nc_nbdev.reproduce is this module, and is called as its function
 
-
+# %% ../nbs/reproduce.ipynb #12c03a3d
 def _settings(**asked):
     "What settings.ini says, with what was asked for in its place."
     return get_settings(**{k: v for k, v in asked.items() if v is not None})
@@ -167,7 +167,7 @@ def report_folder(
     "Where the report goes."
     return Path(out) if out else Path(settings.runs_dir).parent / "reports"
 
-
+# %% ../nbs/reproduce.ipynb #b741d361
 def _run(names, settings, out, progress):
     "Run studies; write claims.json, history.parquet, environment.json, figures/ and report.html to `out`."
     results = []
@@ -250,7 +250,7 @@ def code_hash(
     for _, file in sorted(files.items()): digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
-
+# %% ../nbs/reproduce.ipynb #47881e00
 def register(
     settings: Settings,   # scale and seeds to confirm with
     studies=None,         # names of studies or rooms, default the paper's
@@ -270,7 +270,7 @@ def register(
     file.write_text(json.dumps([*known, entry], indent=1) + "\n")
     return entry
 
-
+# %% ../nbs/reproduce.ipynb #7cc5bfe4
 def confirm(
     scale: str,               # one that is registered
     progress: bool = True,    # show what is being done

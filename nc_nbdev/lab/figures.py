@@ -35,7 +35,7 @@ def plot_measure(
     if log: ax.set_yscale("log")
     return line
 
-
+# %% ../../nbs/lab/80_figures.ipynb #305992a1
 def epoch_axis(
     ax,                   # matplotlib Axes
     last: float | None = None,   # last epoch

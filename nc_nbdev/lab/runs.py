@@ -206,7 +206,7 @@ def _recorder(run, device):
     return CollapseRecorder(layers=getattr(run.recipe, "layers", None), train_dl=first[1], test_dl=dict(others),
                             references=getattr(run.recipe, "references", None), **common)
 
-
+# %% ../../nbs/lab/40_runs.ipynb #fc2b40ff
 def _train_run(run, device, bar, seconds=30.0):
     "Train, or finish training, one run; what was measured last, as text. Another process that trains it is waited for."
     waiting = lambda: print(f"run {run.folder.name}: another process trains it, waiting ...", flush=True)
