@@ -40,7 +40,7 @@ def test_smallest_loss_is_the_simplex_and_a_lower_bound(K, tau, spare, seed):
 
 
 def test_only_collapsed_simplices_have_the_smallest_loss():
-    "The geometry at the minimum is the same fact as its value: T4a needs no second claim."
+    "The geometry at the minimum is the same fact as its value: T2a needs no second claim."
     problem = nm.on_spheres(4, 5, 3, tau=2.0)
     end = descend(FreeFeatures(problem, starts=6), [1500])[0].model
     assert (end() - nm.smallest_loss(problem)).abs().max() < 1e-10
