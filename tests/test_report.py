@@ -1,5 +1,7 @@
 "Measuring a network in one pass over a split, and the recorder that does so while it is trained."
 import copy
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
@@ -13,7 +15,7 @@ from nc_nbdev.geometry.measures import measure_features
 from nc_nbdev.geometry.statistics import ClassStatistics
 from nc_nbdev.lab.history import COLUMNS, curves
 from nc_nbdev.lab.recorder import CollapseRecorder, clean_loader, undisturbed
-from nc_nbdev.lab.report import CollapseReport, collect, compare_splits, measure
+from nc_nbdev.lab.report import MEANINGS, CollapseReport, collect, compare_splits, measure
 from nc_nbdev.lab.taps import head_of, layer_features, tap_layers
 
 
@@ -456,3 +458,57 @@ def test_undisturbed():
 @pytest.mark.parametrize("every", [0, -1, 1.5, "linear"])
 def test_recorder_refuses(every):
     with pytest.raises(ValueError, match="expected a positive integer or 'log'"): CollapseRecorder(every=every)
+
+
+# -- showing a report --------------------------------------------------------------------------------------------------
+
+class Escapes(HTMLParser):
+    "The names of the tags of a page, and its text."
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs): self.tags.append(tag)
+
+    def handle_data(self, data): self.text += data
+
+
+def test_names_are_escaped(data):
+    "Names of layers and splits, and notes, are text on the page whatever they hold."
+    evil = "<script>alert(1)</script>"
+    holder, linear = nn.Module(), nn.Linear(64, 10)
+    holder.add_module(evil, linear)
+    holder.forward = lambda x: linear(x.flatten(1))
+    splits = loaders(data)[0], {evil: loaders(data)[1]}
+    report = measure(holder, *splits, layers=f"{evil}:input", head=None, num_classes=10)
+    report = replace(report, notes=(f"a note about {evil} & $x$",))
+    for page in (report._repr_html_(), report.to_html()):
+        found = Escapes(page)
+        assert "script" not in found.tags and found.tags.count("table") >= 1 and evil in found.text
+
+
+def test_headings_say_what_they_mean(net, data):
+    html = measure(net, *loaders(data))._repr_html_()
+    for name, (short, why) in MEANINGS.items(): assert f'title="{why}">{short}</th>' in html, name
+
+
+def test_plot_has_a_line_a_split(net, data):
+    report = measure(net, *loaders(data), keep="all")
+    axes = report.plot("nc1_trace", "vci")
+    values = [line.get_ydata().tolist() for line in axes[0].lines]
+    assert values == [[report.measures[s][la].nc1_trace for la in report.layers] for s in ("train", "test")]
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == list(report.layers)
+    assert len(report.plot()) == 3 and report.plot("vci", axes=[axes[1]])[0] is axes[1]
+    with pytest.raises(ValueError, match="no .'nc9'. in this report"): report.plot("nc9")
+
+
+def test_reports_compared(net, data):
+    clean, test = loaders(data)
+    a, b = measure(net, clean, test), measure(Net(), clean)
+    table = a.compare(b)
+    assert list(table.columns) == ["this", "other", "ratio"]
+    this, other = (r.measures["train"]["pool"].nc1_trace for r in (a, b))
+    assert table.loc["train", "pool", "nc1_trace"].tolist() == pytest.approx([this, other, other / this])
+    assert table.xs("test").other.isna().all() and (a.compare(a).ratio.dropna() == 1).all()
+    assert len(b.compare(a)) == len(table)
