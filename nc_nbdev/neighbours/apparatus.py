@@ -8,7 +8,7 @@ What the systems of this room share: a base class for their recipes (`SystemReci
 __all__ = ['relu_network', 'digit_vectors', 'SystemRecipe', 'SystemLearner', 'SystemRecorder', 'collapse_rows', 'classifier_rows',
            'collapse_ratio']
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #ba0adcc7
+# %% ../../nbs/neighbours/05_apparatus.ipynb #52a1f9ea
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from ..lab.history import as_history
 from ..lab.runs import set_seed
 from ..vision.data import ImageData, seeded
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #a450c52b
+# %% ../../nbs/neighbours/05_apparatus.ipynb #1e17d8da
 def relu_network(
     *sizes: int,              # of the input, the hidden layers and the output
     bias: bool = True,        # of all layers
@@ -48,7 +48,7 @@ def digit_vectors(
     X, X_test = flat(data.train_images), flat(data.test_images)
     return X - X.mean(0), data.train_labels, X_test - X.mean(0), data.test_labels
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #fa8baeb4
+# %% ../../nbs/neighbours/05_apparatus.ipynb #ae64c6f4
 @dataclass(frozen=True)
 class SystemRecipe:
     "What recipes of this room share. A subclass gives `tensors` and `network`, and changes what it needs to."
@@ -68,7 +68,7 @@ class SystemRecipe:
     def optimiser(self): return partial(torch.optim.SGD, momentum=0.9)
     def rate(self, done: float) -> float: return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #8d6e7ac6
+# %% ../../nbs/neighbours/05_apparatus.ipynb #53e2151a
 @patch
 def batches(
     self: SystemRecipe,
@@ -84,7 +84,7 @@ def batches(
         index, order = order[:self.batch_size].to(train[0].device), order[self.batch_size:]
         yield tuple(t[index] for t in train)
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #18eac0ec
+# %% ../../nbs/neighbours/05_apparatus.ipynb #4e829d6a
 class SystemLearner(Learner):
     "A fastai `Learner` whose epoch is a plain loop: `recipe.loss(model, *batch)`, a step, and no callback."
     recipe: SystemRecipe = None
@@ -98,7 +98,7 @@ class SystemLearner(Learner):
             recipe.loss(self.model, *batch).backward()
             optimiser.step()
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #c7c4b0ff
+# %% ../../nbs/neighbours/05_apparatus.ipynb #a482c02c
 class _Epoch:
     "The batches of an epoch, as fastai's `DataLoaders` wants them."
     def __init__(self, recipe, train): self.recipe, self.train, self.epoch = recipe, train, 0
@@ -123,7 +123,7 @@ def learner(
     learn.recipe = self
     return learn
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #e0094fa1
+# %% ../../nbs/neighbours/05_apparatus.ipynb #511956c6
 @patch
 def loaders(
     self: SystemRecipe,
@@ -133,7 +133,7 @@ def loaders(
     "The splits to measure with, one batch each."
     return {split: [tuple(t.to(device) for t in batch)] for split, batch in self.tensors(data_dir).items()}
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #aae80268
+# %% ../../nbs/neighbours/05_apparatus.ipynb #70157737
 class SystemRecorder(Callback):
     "Measure what the recipe says after some epochs; `history` has the rows."
     order = 60
@@ -172,7 +172,7 @@ def recorder(
     "What measures a run."
     return SystemRecorder(self, {split: batch for split, (batch,) in loaders.items()}, **columns)
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #6ceed9c5
+# %% ../../nbs/neighbours/05_apparatus.ipynb #11581d80
 def collapse_rows(
     split: str,             # name of the split
     layer: str,             # name of the layer
@@ -201,7 +201,7 @@ def classifier_rows(
         yield from collapse_rows(split, last, H, y, K, head=head, reference=reference)
         if reference is None: reference = ClassStatistics.from_features(H, y, num_classes=K, within="trace")
 
-# %% ../../nbs/neighbours/05_apparatus.ipynb #b5df1654
+# %% ../../nbs/neighbours/05_apparatus.ipynb #8c4b2a07
 def collapse_ratio(
     H: Tensor,          # (N, D) features
     y: Tensor,          # (N,) labels in 0..K-1; classes without a sample are left out
