@@ -1,0 +1,202 @@
+"Features in files of every kind give the numbers of features in memory; damaged and hostile files give one line."
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import ipc
+from pyarrow import parquet as pq
+
+from nc_nbdev.geometry.generalization import test_collapse_from_statistics as from_statistics
+from nc_nbdev.geometry.measures import measure_features
+from nc_nbdev.geometry.statistics import ClassStatistics
+from nc_nbdev.lab.features_on_disk import StoredFeatures, main, measure_files, open_arrays
+
+rng = np.random.default_rng(0)
+y = np.concatenate([np.arange(4), rng.integers(0, 4, 196)])
+H = (rng.normal(size=(4, 6))[y] + 0.3 * rng.normal(size=(200, 6))).astype(np.float32)
+W, b = rng.normal(size=(4, 6)).astype(np.float32), rng.normal(size=4).astype(np.float32)
+
+
+LISTS = pa.list_(pa.float32())
+
+
+def table(H, y, kind=LISTS): return pa.table({"features": pa.array(list(H), kind), "labels": y})
+
+
+def as_arrow(path, table, new):
+    with new(path, table.schema) as writer: writer.write_table(table, max_chunksize=70)
+
+
+def safetensors(path, H, y):
+    from safetensors.numpy import save_file
+    save_file({"labels": y, "features": np.ascontiguousarray(H)}, path)
+
+
+WRITERS = {
+    "a.npz": lambda path, H, y: np.savez(path, features=H, labels=y),
+    "compressed.npz": lambda path, H, y: np.savez_compressed(path, embedding=H, label=y.astype(np.uint8)),
+    "columns.npz": lambda path, H, y: np.savez(path, x=np.asfortranarray(H), y=y, W=W, ids=y[:3]),
+    "big.npz": lambda path, H, y: np.savez(path, features=H.astype(">f8"), labels=y.astype(">i4")),
+    "a.pt": lambda path, H, y: torch.save({"features": torch.tensor(H), "labels": torch.tensor(y)}, path),
+    "pair.pth": lambda path, H, y: torch.save((torch.tensor(H), torch.tensor(y)), path),
+    "old.pt": lambda path, H, y: torch.save({"H": torch.tensor(H), "y": torch.tensor(y)}, path,
+                                            _use_new_zipfile_serialization=False),
+    "a.safetensors": safetensors,
+    "a.parquet": lambda path, H, y: pq.write_table(table(H, y), path, row_group_size=64),
+    "fixed.parquet": lambda path, H, y: pq.write_table(table(H, y, pa.list_(pa.float64(), 6)), path),
+    "a.arrow": lambda path, H, y: as_arrow(path, table(H, y), ipc.new_file),
+    "stream.arrow": lambda path, H, y: as_arrow(path, table(H, y, pa.large_list(pa.float32())), ipc.new_stream),
+    "a.feather": lambda path, H, y: __import__("pyarrow.feather").feather.write_feather(table(H, y), str(path))}
+NAMES = {"columns.npz": dict(features="x")}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file(name, tmp_path):
+    WRITERS[name](tmp_path / name, H, y)
+    stored = StoredFeatures(tmp_path / name, batch_size=37, **NAMES.get(name, {}))
+    parts = list(stored)
+    assert max(len(h) for h, _ in parts) <= 37 and all(len(h) == len(c) for h, c in parts)
+    assert torch.equal(torch.cat([h for h, _ in parts]).float(), torch.tensor(H))
+    assert torch.equal(torch.cat([c for _, c in parts]), torch.tensor(y))
+    assert torch.equal(torch.cat([h for h, _ in stored]), torch.cat([h for h, _ in parts]))      # once more
+    found = measure_files(tmp_path / name, **NAMES.get(name, {})).measures["train"]["features"].to_dict()
+    direct = measure_features(torch.tensor(H), torch.tensor(y), num_classes=4).to_dict()
+    for measure, value in direct.items(): assert found[measure] == (value and pytest.approx(value, rel=1e-5)), measure
+
+
+def test_two_files_and_a_head(tmp_path):
+    for name, array in dict(H=H, y=y, W=W, b=b).items(): np.save(tmp_path / f"{name}.npy", array)
+    files = lambda *names: [tmp_path / f"{name}.npy" for name in names]
+    found = measure_files(files("H", "y"), head=files("W", "b"))
+    direct = measure_features(torch.tensor(H), torch.tensor(y), num_classes=4, head=(torch.tensor(W), torch.tensor(b)))
+    for measure, value in direct.to_dict().items():
+        assert found.measures["train"]["features"].to_dict()[measure] == (value and pytest.approx(value, rel=1e-5))
+    right = (torch.tensor(H) @ torch.tensor(W).T + torch.tensor(b)).argmax(1) == torch.tensor(y)
+    assert found.accuracy["train"] == pytest.approx(right.double().mean().item())
+    assert measure_files(files("H", "y"), head=files("W")).measures["train"]["features"].nc3_bias is not None
+
+
+def test_against_a_reference(tmp_path):
+    test = H[:80] + 1
+    np.savez(tmp_path / "train.npz", features=H, labels=y)
+    np.savez(tmp_path / "test.npz", features=test, labels=y[:80])
+    report = measure_files(tmp_path / "test.npz", tmp_path / "train.npz")
+    stats = [ClassStatistics.from_features(torch.tensor(h), torch.tensor(c), 4) for h, c in ((H, y), (test, y[:80]))]
+    direct = from_statistics(*stats)
+    assert report.collapse["test"]["features"].strong == pytest.approx(direct.strong, rel=1e-5)
+    near = measure_features(torch.tensor(test), torch.tensor(y[:80]), num_classes=4, reference=stats[0]).ncc_accuracy
+    assert report.measures["test"]["features"].ncc_accuracy == pytest.approx(near)
+
+
+def test_command(tmp_path, capsys):
+    for name in ("a.npz", "a.pt"): WRITERS[name](tmp_path / name, H, y)
+    out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "html")}
+    arguments = [x for kind, path in out.items() for x in (f"--{kind}", str(path))]
+    main([str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.pt"), *arguments])
+    assert "nc1_trace" in capsys.readouterr().out
+    value = measure_files(tmp_path / "a.npz").measures["train"]["features"].nc1_trace
+    assert json.loads(out["json"].read_text())["measures"]["test"]["nc1_trace"] == pytest.approx(value)
+    assert out["csv"].read_text().startswith("split,layer,measure,value")
+    assert out["html"].read_text().startswith("<!doctype html>")
+
+
+def fails(capsys, *arguments):
+    "What the command says, in one line, when it ends with exit code 2."
+    with pytest.raises(SystemExit) as caught: main([str(a) for a in arguments])
+    said = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and said.startswith("nc-measure: ") and "\n" not in said
+    return said
+
+
+class Evil:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return (open, (str(self.path), "w"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_nothing_in_a_file_is_run(tmp_path, capsys):
+    ran = tmp_path / "ran"
+    torch.save({"features": torch.tensor(H), "labels": Evil(ran)}, tmp_path / "new.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil(ran)))
+    np.save(tmp_path / "object.npy", np.array([Evil(ran)], dtype=object))
+    np.savez(tmp_path / "object.npz", features=np.array([Evil(ran)], dtype=object), labels=y[:1])
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Evil(ran)))
+    for name in ("new.pt", "plain.pt", "object.npy", "object.npz", "pickle.npz"): fails(capsys, tmp_path / name)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("damage", ["half", "empty", "noise"])
+def test_damaged_files(name, damage, tmp_path, capsys):
+    WRITERS[name](path := tmp_path / name, H, y)
+    whole = path.read_bytes()
+    noise = bytes(rng.integers(0, 256, len(whole) // 2, dtype=np.uint8))
+    path.write_bytes({"half": whole[:len(whole) // 2], "empty": b"", "noise": noise}[damage])
+    assert str(path) in fails(capsys, path) or name == "stream.arrow"
+
+
+def test_a_header_that_lies(tmp_path, capsys):
+    "More rows than there are bytes."
+    with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive:
+        for name, array in dict(features=H, labels=y).items():
+            header = {"descr": array.dtype.str, "fortran_order": False, "shape": (10**12, *array.shape[1:])}
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(array.tobytes())
+    assert "long.npz" in fails(capsys, tmp_path / "long.npz")
+
+
+@pytest.mark.parametrize("arrays, said", [
+    (dict(features=H, labels=y + 1), "no samples"), (dict(features=H, labels=y - 1), "labels from -1"),
+    (dict(features=H, labels=y[:-1]), "200 rows of features, 199 labels"), (dict(features=H), "array of labels"),
+    (dict(a=H, b=H, labels=y), "one array of features"), (dict(features=H[:, :, None], labels=y), "(200, 6, 1)"),
+    (dict(features=H, labels=y.astype(float)), "array of labels"), (dict(labels=y), "array of features"),
+    (dict(features=H[:0], labels=y[:0]), "one row at least"), (dict(features=H * np.nan, labels=y), "NaN"),
+    (dict(features=H, labels=np.where(y == 3, 10**15, y)), "every class needs"),
+    (dict(features=H.astype(complex), labels=y), "array of features")])
+def test_arrays_that_cannot_be_measured(arrays, said, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert said in fails(capsys, tmp_path / "a.npz")
+
+
+def test_other_mistakes(tmp_path, capsys):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    np.savez(tmp_path / "short.npz", features=H[:, :5], labels=y)
+    pq.write_table(pa.table({"features": [[1., 2.], [3.]], "labels": [0, 1]}), tmp_path / "ragged.parquet")
+    pq.write_table(pa.table({"features": [[1., 2.], None], "labels": [0, 1]}), tmp_path / "null.parquet")
+    assert "lists of 2 numbers" in fails(capsys, tmp_path / "ragged.parquet")
+    assert "lists of 2 numbers" in fails(capsys, tmp_path / "null.parquet")
+    assert "there is no such file" in fails(capsys, tmp_path / "b.npz")
+    assert "ends in one of" in fails(capsys, tmp_path / "a.csv")
+    assert "in the reference of 5" in fails(capsys, tmp_path / "a.npz", "--reference", tmp_path / "short.npz")
+    assert "expected (4, 6)" in fails(capsys, tmp_path / "a.npz", "--head", tmp_path / "short.npz")
+    fails(capsys, tmp_path / "a.npz", "--csv", tmp_path / "no" / "where.csv")
+
+
+def test_reading_is_bounded(tmp_path):
+    "A compressed file of 200 MB is read with far less memory."
+    with zipfile.ZipFile(tmp_path / "large.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (100_000, 500)}
+        with archive.open("features.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in range(100): file.write(np.full((1000, 500), i % 7, np.float32).tobytes())
+        with archive.open("labels.npy", "w") as file: np.save(file, np.arange(100_000) // 1000 % 7)
+    code = ("import resource, sys; from nc_nbdev.lab.features_on_disk import StoredFeatures as S\n"
+            "s = S(sys.argv[1]); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "print(sum(len(h) for h, _ in s), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)")
+    command = [sys.executable, "-c", code, str(tmp_path / "large.npz")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, megabytes = map(int, run.stdout.split())
+    assert rows == 100_000 and megabytes < 100
+
+
+def test_arrays_are_not_read_when_opened(tmp_path):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    assert {n: (a.shape, a.kind) for n, a in open_arrays(tmp_path / "a.npz").items()} == {
+        "features": ((200, 6), "f"), "labels": ((200,), "i")}
