@@ -12,6 +12,7 @@ Modules:
 - `nc_nbdev.geometry.statistics`: `ClassStatistics` reads features once, batch by batch, and keeps what every measure of collapse needs: a count, a mean and a spread for each class.
 - `nc_nbdev.geometry.variability`: Four numbers for one question: how small is the spread of features around their class means, compared with the distance between the means?
 - `nc_nbdev.lab.claims`: A claim is stated before it is measured: the quantity, the bar, and the control that must not pass the bar. The verdict is computed.
+- `nc_nbdev.lab.features_on_disk`: Features that other software has saved, measured from the command line: `nc-measure features.npz`.
 - `nc_nbdev.lab.figures`: Curves over training with seeds as bands and the terminal phase shaded: every figure of a study is drawn from the tidy history.
 - `nc_nbdev.lab.history`: All numbers that are measured in training stand in one tidy table. This page has the functions that read it.
 - `nc_nbdev.lab.probes`: A linear probe that states how features are prepared, chooses its penalty on held-out data and is solved to its optimum; and three other ways to ask.
