@@ -15,7 +15,7 @@ from pyarrow import parquet as pq
 from nc_nbdev.geometry.generalization import test_collapse_from_statistics as from_statistics
 from nc_nbdev.geometry.measures import measure_features
 from nc_nbdev.geometry.statistics import ClassStatistics
-from nc_nbdev.lab.features_on_disk import StoredFeatures, main, measure_files, open_arrays
+from nc_nbdev.lab.features_on_disk import StoredFeatures, measure_command, measure_files, open_arrays
 
 rng = np.random.default_rng(0)
 y = np.concatenate([np.arange(4), rng.integers(0, 4, 196)])
@@ -98,7 +98,7 @@ def test_command(tmp_path, capsys):
     for name in ("a.npz", "a.pt"): WRITERS[name](tmp_path / name, H, y)
     out = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "html")}
     arguments = [x for kind, path in out.items() for x in (f"--{kind}", str(path))]
-    main([str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.pt"), *arguments])
+    measure_command([str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.pt"), *arguments])
     assert "nc1_trace" in capsys.readouterr().out
     value = measure_files(tmp_path / "a.npz").measures["train"]["features"].nc1_trace
     assert json.loads(out["json"].read_text())["measures"]["test"]["nc1_trace"] == pytest.approx(value)
@@ -108,7 +108,7 @@ def test_command(tmp_path, capsys):
 
 def fails(capsys, *arguments):
     "What the command says, in one line, when it ends with exit code 2."
-    with pytest.raises(SystemExit) as caught: main([str(a) for a in arguments])
+    with pytest.raises(SystemExit) as caught: measure_command([str(a) for a in arguments])
     said = capsys.readouterr().err.strip()
     assert caught.value.code == 2 and said.startswith("nc-measure: ") and "\n" not in said
     return said
