@@ -8,13 +8,18 @@ Files on disk that can be trusted: `atomic` writes, and `Entry`, a folder of fil
 __all__ = ['atomic', 'DamagedFile', 'Entry']
 
 # %% ../../nbs/lab/05_store.ipynb #6033e6c1
+import errno
 import hashlib
+import io
 import json
 import os
-from contextlib import contextmanager
+import uuid
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
+import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
@@ -23,15 +28,31 @@ from filelock import FileLock, Timeout
 def atomic(
     path: Path,  # the file to write; its folder is made
 ):               # yields the path to write to
-    "Write a file beside its place and move it there when the block ends without an exception."
+    "Write a file beside its place and move it there when the block ends. Raises `OSError`, which names the file."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
     try:
-        yield draft
-        with open(draft, "rb") as f: os.fsync(f.fileno())   # on disk before it is there under its name
-        os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield draft
+            with open(draft, "rb") as f: os.fsync(f.fileno())   # on disk before it is there under its name
+            os.replace(draft, path)
+    finally:
+        with suppress(OSError): draft.unlink()
+
+
+@contextmanager
+def _explained(path):
+    "Name the file in an `OSError`, and say what it means."
+    try: yield
+    except OSError as e:
+        if getattr(e, "explained", False): raise
+        why = {errno.ENOSPC: "no room on the disk", errno.EDQUOT: "the quota is used up", errno.EFBIG: "too large here",
+               errno.EROFS: "read-only", errno.EACCES: "no permission", errno.EPERM: "no permission",
+               errno.EXDEV: "no rename here", errno.ENOTSUP: "no rename here"}.get(e.errno, "failed")
+        error = OSError(e.errno or errno.EIO, f"{path} cannot be written, {why}; what is on disk stays readable ({e})")
+        error.explained = True
+        raise error from e
 
 # %% ../../nbs/lab/05_store.ipynb #ce713c2f
 class DamagedFile(ValueError):
@@ -51,22 +72,23 @@ class Entry:
 
     def manifest(self) -> dict:
         "File name -> [[size, sha256], ...] as it was written, newest first. Raises `DamagedFile` for no such list."
-        try: found = json.loads((self.folder / "manifest.json").read_text())
+        try: found = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         except FileNotFoundError: return {}
-        except ValueError: found = None
-        if not isinstance(found, dict) or not all(isinstance(v[0], list) for v in found.values()):
-            raise DamagedFile(f"{self.folder / 'manifest.json'}: no list of checksums")
-        return found
+        except (ValueError, OSError): found = None
+        try: return {name: [(int(size), str(digest)) for size, digest in known] for name, known in found.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise DamagedFile(f"{self.folder / 'manifest.json'}: no list of checksums") from None
 
     @contextmanager
     def lock(self, name: str = "entry", waiting=None):
-        "Hold the entry, or wait until the process that holds it has finished; `waiting()` is called before."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(self.folder / f".{name}.lock")
-        try: held.acquire(timeout=0)
-        except Timeout:
-            if waiting: waiting()
-            held.acquire()
+        "Hold the entry, or wait until the process that holds it has finished, `waiting()` being called every second."
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held, seconds = FileLock(self.folder / f".{name}.lock"), 0
+            while not held.is_locked:
+                with suppress(Timeout): held.acquire(timeout=seconds)
+                if waiting and not held.is_locked: waiting()
+                seconds = 1
         try: yield
         finally: held.release()
 
@@ -78,6 +100,15 @@ def _sha256(path):
         while block := f.read(1 << 20): digest.update(block)
     return [path.stat().st_size, digest.hexdigest()]
 
+def _aside(entry, name, why):
+    "Set a file aside, with a warning."
+    warnings.warn(f"{why}; kept as {entry.set_aside(name).name}", stacklevel=3)
+
+def _readable(entry):
+    "Whether the list of checksums can be read."
+    try: entry.manifest(); return True
+    except DamagedFile: return False
+
 @patch
 @contextmanager
 def write(
@@ -88,9 +119,11 @@ def write(
     with atomic(self.folder / name) as draft:
         yield draft
         digest = _sha256(draft)
-        with self.lock("manifest"), atomic(self.folder / "manifest.json") as list_draft:
+        with self.lock("manifest"):
+            if not _readable(self): _aside(self, "manifest.json", "no list of checksums")
             known = self.manifest()     # keeps the old digest too: a process may die before the file is moved
-            list_draft.write_text(json.dumps({**known, name: [digest, *known.get(name, [])[:1]]}, indent=1))
+            with atomic(self.folder / "manifest.json") as list_draft:
+                list_draft.write_text(json.dumps({**known, name: [digest, *known.get(name, [])[:1]]}, indent=1))
 
 @patch
 def path(
@@ -98,16 +131,22 @@ def path(
     name: str,  # of a file that was written
 ) -> Path:
     "Where a file is, after a look at size and checksum. Raises `FileNotFoundError`, or `DamagedFile`."
-    file = self.folder / name
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file")
+    try: return _look(self, name)
+    except DamagedFile: return _look(self, name)      # another process may have replaced it during the first look
+
+def _look(entry, name):
+    "`Entry.path`, once."
+    file = entry.folder / name
+    if not os.path.lexists(file): raise FileNotFoundError(f"{file}: no such file")
+    if not file.is_file(): raise DamagedFile(f"{file}: not a file")
     stat = file.stat()
-    if self._checked.get(name) == (stamp := (stat.st_size, stat.st_mtime_ns)): return file
-    if (expected := self.manifest().get(name)) is None:
+    if entry._checked.get(name) == (stamp := (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)): return file
+    if not (expected := entry.manifest().get(name)):
         raise DamagedFile(f"{file}: not in the folder's manifest.json, so nobody knows whether it is whole")
     if stat.st_size not in (sizes := [size for size, _ in expected]):
         raise DamagedFile(f"{file}: {stat.st_size} bytes, {sizes[0]} were written")
-    if _sha256(file) not in expected: raise DamagedFile(f"{file}: its bytes are not those that were written")
-    self._checked[name] = stamp
+    if tuple(_sha256(file)) not in expected: raise DamagedFile(f"{file}: its bytes are not those that were written")
+    entry._checked[name] = stamp
     return file
 
 # %% ../../nbs/lab/05_store.ipynb #477f3d57
@@ -116,23 +155,62 @@ def set_aside(
     self: Entry,
     name: str,   # of a file
 ) -> Path:       # its new place
-    "Give a damaged file another name, so that it is kept and not read."
+    "Give a damaged file another name, so that it is kept and not read. Raises `DamagedFile` where that cannot be."
     n = 1
-    while (target := self.folder / f"{name}.damaged-{n}").exists(): n += 1
-    return (self.folder / name).rename(target)
+    while os.path.lexists(target := self.folder / f"{name}.damaged-{n}"): n += 1
+    try: return (self.folder / name).rename(target)
+    except OSError as e: raise DamagedFile(f"{self.folder / name}: cannot be set aside ({e})") from e
 
+# %% ../../nbs/lab/05_store.ipynb #5c5964b5
 @patch
 def sound(
     self: Entry,
     name: str,   # of a file
 ) -> bool:       # whether it can be read
     "Whether a file is there and whole; a damaged one is set aside, with a warning that names it."
-    import warnings
     try: self.path(name); return True
     except FileNotFoundError: return False
-    except DamagedFile as e:
-        warnings.warn(f"{e}; kept as {self.set_aside(name).name}", stacklevel=2)
-        return False
+    except DamagedFile as e: damaged = e
+    try:
+        with self.lock("manifest"):        # one process at a time looks again, and sets aside
+            if not _readable(self): _aside(self, "manifest.json", f"{self.folder / 'manifest.json'}: cannot be read")
+            try: self.path(name); return True
+            except FileNotFoundError: return False
+            except DamagedFile as e: _aside(self, name, e); return False
+    except OSError as e: raise DamagedFile(f"{damaged}; it cannot be set aside ({e})") from e
+
+# %% ../../nbs/lab/05_store.ipynb #ea4fd8f2
+@patch
+def whole(
+    self: Entry,
+    names,       # of files
+) -> bool:       # whether all of them can be read
+    "Whether files are there and whole; those that have not changed since they were found whole are not read again."
+    note, seen = self.folder / ".whole.json", {}
+    with suppress(OSError, TypeError, ValueError): seen = dict(json.loads(note.read_text()))
+    known, found = self.manifest() if _readable(self) else {}, {}
+    for name in names:
+        with suppress(OSError):
+            stat = (self.folder / name).stat()
+            now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *(digest for _, digest in known.get(name, []))]
+            if seen.get(name) == now or self.sound(name): found[name] = now
+    if any(seen.get(name) != now for name, now in found.items()):
+        with suppress(OSError), atomic(note) as draft: draft.write_text(json.dumps({**seen, **found}))
+    return len(found) == len(names)
+
+@patch
+def check(
+    self: Entry,
+) -> dict[str, str]:   # file -> what is wrong with it; {} where all is well
+    "Read every file again. Nothing is changed."
+    wrong, self._checked = {}, {}
+    try: names = set(self.manifest()) - {"checkpoint.pth"}       # is gone when a run is finished
+    except DamagedFile as e: names, wrong["manifest.json"] = set(), str(e)
+    there = {p.name for p in self.folder.iterdir() if p.name[0] != "." and ".damaged-" not in p.name}
+    for name in sorted(names | there - {"manifest.json"}):
+        try: self.path(name)
+        except (DamagedFile, OSError) as e: wrong[name] = str(e)
+    return wrong
 
 # %% ../../nbs/lab/05_store.ipynb #4f19bec0
 @patch
@@ -170,17 +248,40 @@ def read_table(
     return pd.read_parquet(self.path(name))
 
 @patch
+def write_tensors(
+    self: Entry,
+    name: str,  # of a file of the entry
+    value,      # tensors, numbers and texts in lists and dictionaries
+):
+    "Write tensors."
+    torch.save(value, buffer := io.BytesIO())      # in memory first: PyTorch's own errors do not name the file
+    with self.write(name) as draft: draft.write_bytes(buffer.getbuffer())
+
+@patch
+def read_tensors(
+    self: Entry,
+    name: str,      # of a file of the entry
+    device="cpu",   # where the tensors should be
+):                  # the value
+    "Read tensors back; nothing else is unpickled. Raises as `Entry.path` does."
+    return torch.load(self.path(name), map_location=device, weights_only=True)
+
+# %% ../../nbs/lab/05_store.ipynb #2c2fadeb
+@patch
 def cached(
     self: Entry,
     name: str,    # of a JSON file
     keys,         # texts
     compute,      # missing keys -> {key: value}
 ) -> dict:        # key -> value, for `keys`
-    "The answers to some keys; those that the file does not have are computed and added to it."
-    known = self.read_json(name) if self.sound(name) else {}
+    "The answers to some keys; those that the file does not have are computed and added to it, where it can be written."
+    read = lambda: self.read_json(name) if self.sound(name) else {}
+    known = read()
     if missing := [k for k in keys if k not in known]:
-        answers = compute(missing)
-        with self.lock("cached"):        # another process may have added answers meanwhile
-            known = (self.read_json(name) if name in self else {}) | answers | known
-            self.write_json(name, known)
+        known |= compute(missing)
+        try:
+            with self.lock("cached"):        # another process may have added answers meanwhile
+                known = known | read()
+                self.write_json(name, known)
+        except OSError as e: warnings.warn(f"{e}; it is computed again next time", stacklevel=2)
     return {k: known[k] for k in keys}
