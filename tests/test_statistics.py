@@ -499,3 +499,31 @@ def test_on_a_gpu():
     check_all(ClassStatistics.from_features(H.cuda(), y, num_classes=3), {k: v.cuda() for k, v in expected.items()})
     stream = ClassStatistics(3, 70, within="full", class_counts=[40, 30, 35], device="cuda")
     check_all(stream.update(H, y), {k: v.cuda() for k, v in expected.items()})
+
+
+# -- some of the classes -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["stream", "weighted", "memory", "trace"])
+def test_classes_taken(kind):
+    "The classes that occur, in another order and with a place for one more, are as if they had been numbered so."
+    y = torch.tensor([7, 2, 7, 9, 2, 7, 9, 9, 9])
+    H, number = torch.randn(len(y), 3), torch.full((10,), -1).index_put((torch.tensor([9, 2, 7]),), torch.arange(3))
+    def build(y, K, extra=0):
+        if kind == "memory": return ClassStatistics.from_features(H, y, K)
+        sizes = y.bincount(minlength=K).clamp(min=1) if kind == "weighted" else None
+        return ClassStatistics(K, 3, "trace" if kind == "trace" else "full", sizes).update(H, y)
+    taken, direct = build(y, 10).take(torch.tensor([9, 2, 7])), build(number[y], 3)
+    for name in ("counts", "means", "class_scatter"):
+        assert torch.allclose(getattr(taken, name), getattr(direct, name)), name
+    assert taken.within == direct.within and (kind == "trace" or torch.allclose(taken.scatter, direct.scatter))
+    if kind in ("weighted", "memory"): assert torch.allclose(taken.within_covariance(), direct.within_covariance())
+    room = build(y, 10).take(torch.tensor([9, 2, 7, -1]))
+    assert room.counts.tolist() == [4, 2, 3, 0]
+    if kind == "stream": assert torch.allclose(room.update(H, y.clamp(max=3)).counts, torch.tensor([4, 2, 5, 7]))
+    fewer = build(y, 10).take(torch.tensor([7, 2]))
+    assert fewer.within == "trace" and torch.allclose(fewer.class_variances(), direct.class_variances()[[2, 1]])
+
+
+@pytest.mark.parametrize("classes", [[0, 0], [0, 3], [0.0, 1.0]])
+def test_classes_that_cannot_be_taken(classes):
+    with pytest.raises(ValueError, match="each once"): ClassStatistics(3, 2).take(torch.tensor(classes))

@@ -10,8 +10,7 @@ __all__ = ['nc3_duality', 'nc3_etf', 'nc3_cosine', 'nc3_bias', 'as_bias']
 # %% ../../nbs/geometry/40_duality.ipynb #a78905da
 from torch import Tensor
 
-from .etf import simplex_gram
-from .means import as_rows, class_rows, gram_distance, unit_rows
+from .means import as_rows, class_rows, simplex_distance, unit_rows
 from .statistics import ClassStatistics, as_tensor
 
 # %% ../../nbs/geometry/40_duality.ipynb #4de1f676
@@ -57,7 +56,7 @@ def nc3_etf(
 ) -> float:  # 0 (dual, and a simplex) to 2
     "Distance of the normalised `W M^T` to the simplex's Gram matrix (Zhu et al. 2021, 2105.02375)."
     W, M = _pair(W, source, centred, weighting)
-    return gram_distance(W @ M.T, simplex_gram(len(M)))
+    return simplex_distance(W, M)
 
 # %% ../../nbs/geometry/40_duality.ipynb #86dfd7e5
 def nc3_cosine(

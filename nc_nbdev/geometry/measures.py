@@ -101,6 +101,7 @@ def _parts(stats, head, weighting):
     parts |= {f.__name__: partial(f, M, centred=False) for f in (nc2_norms, nc2_angles, nc2_max_angle, nc2_etf)}
     def margin():
         if stats.num_classes <= stats.dim + 1: raise ValueError("a simplex fits (K <= D + 1): see nc2_etf")
+        if stats.num_classes > 500: raise ValueError("over 500 classes it takes minutes: call one_vs_rest_margin")
         return one_vs_rest_margin(M, centred=False)
     def coincide():
         raise ValueError("all class means coincide (are the features constant?): there is no distance between classes")

@@ -329,6 +329,28 @@ def require_samples(self: ClassStatistics):
         raise ValueError(f"{len(empty)} of {self.num_classes} classes have no samples ({names}): every class needs at "
                          f"least one; feed more data, or relabel the classes that occur as 0..K-1")
 
+# %% ../../nbs/geometry/10_statistics.ipynb #bc27dabf
+@patch
+def take(
+    self: ClassStatistics,
+    classes: Tensor,  # (K',) whole numbers: the class that each of the new ones is, or -1 for one without samples
+) -> ClassStatistics:  # of K' classes
+    "Some of the classes; if samples are left out, within='trace'. Raises ValueError unless each is there, and once."
+    classes = as_tensor(classes, "classes").to(self.device)
+    new, old = (classes >= 0).nonzero().flatten(), classes[classes >= 0]
+    if classes.is_floating_point() or len(old.unique()) < len(old) or (old >= self.num_classes).any():
+        raise ValueError(f"classes {classes.tolist()}: expected numbers below {self.num_classes}, each once, or -1")
+    within = "full" if self.within == "full" and self.counts[old].sum() == self.counts.sum() else "trace"
+    taken = ClassStatistics(len(classes), self.dim, within, device=self.device)
+    for name in ("counts", "means", "class_scatter"): getattr(taken, name)[new] = getattr(self, name)[old]
+    if within == "trace": return taken
+    if self.class_counts is not None: taken.class_counts = taken.counts.new_ones(len(classes))
+    if self.class_counts is not None: taken.class_counts[new] = self.class_counts[old]
+    number = torch.full_like(self.counts, -1).index_put((old,), new)
+    taken._features = [_Features(features.H, number[features.y]) for features in self._features]
+    taken._scatter = None if taken._features or self._scatter is None else self._scatter.clone()
+    return taken
+
 # %% ../../nbs/geometry/10_statistics.ipynb #6ae9ff6a
 @patch
 def _class_weights(self: ClassStatistics, weighting) -> Tensor:  # (K,), sums to 1
