@@ -283,8 +283,8 @@ def confirm(
     if not known: raise ValueError(f"{file}: {scale} is not registered")
     entry = known[-1]
     if (code := code_hash(entry["studies"])) != entry["code"]:
-        raise ValueError(f"{file}: {scale} was registered with the code {entry['code']}, this is {code}: "
-                         "register it first")
+        raise ValueError(f"{file}: {scale} was registered with the code {entry['code']}, this is {code}: to repeat it, "
+                         "check out the commit that added the entry; to measure anew, register this code first")
     if done := list((folder / scale).glob(f"*-{code}")):
         raise ValueError(f"{done[0]}: was confirmed already; kept results are not overwritten")
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],

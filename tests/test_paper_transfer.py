@@ -282,14 +282,17 @@ def test_both_studies_train_the_same_coarse_runs_and_the_control_is_matched(tmp_
              (longer.run_training_longer, which_layer.run_which_layer)]
     assert set(plans[1]) < set(plans[0]) and len(plans[0]) == 6 * 2 and len(plans[1]) == 2 * 2
     assert replace(image_base(settings), seed=0) in plans[0]          # that of study 1
-    conditions = longer._conditions(settings)
+    conditions = longer._conditions(settings, image_base(settings))
     assert conditions["pairs, weak decay"] == weak_decay(conditions["pairs"])
     decays = [conditions[c].weight_decay for c in longer._DECAYS]
     assert decays == sorted(decays, reverse=True) and len(set(decays)) == 4
 
 
 def test_larger_scales_have_more_coarse_tasks():
-    tasks = lambda **more: [c for c in longer.coarse_tasks(Settings(**more)) if "," not in c]
+    def tasks(**more):
+        settings = Settings(**more)
+        return [c for c in longer.coarse_tasks(settings, image_base(settings)) if "," not in c]
+
     assert tasks() == ["pairs"] and tasks(preset="laptop") == ["pairs", "binary"]
     assert tasks(preset="workstation") == ["pairs", "binary", "animals_vehicles"]
     assert tasks(preset="workstation", datasets=("mnist",)) == ["pairs", "binary"]

@@ -96,14 +96,56 @@ def _improve(X, K, init, starts, seed):
 def weak_lower_bound(
     H: Tensor | ClassStatistics,  # (N, D) test features, or statistics of them that kept the covariance
     num_points: int,  # K
+    *,
+    steps: int = 0,  # of the search for a tighter bound, for features only; 30 get within a few per cent
 ) -> float:  # <= the optimum of min over K points of mean_i min_k |h_i - m_k|^2
     "Total variance less its K-1 largest principal parts (Zha et al. 2001). ValueError without covariance, or on NaN."
+    if steps: return _dual_bound(_centred(H), num_points, steps)
     if isinstance(H, ClassStatistics): Sigma = H.total_covariance()  # (D, D)
     else:
         X = _centred(H)  # (N, min(N, D))
         Sigma = X.T @ X / len(X)
     variances = torch.linalg.eigvalsh(Sigma)  # from the smallest to the largest
     return variances[: max(0, len(variances) - num_points + 1)].clamp(min=0).sum().item()
+
+# %% ../../nbs/geometry/80_generalization.ipynb #f0d3ead2
+def _capped(values, total):
+    "The nearest numbers between 0 and 1 with this sum."
+    low, high = values.min() - 1, values.max()
+    for _ in range(60):
+        shift = (low + high) / 2
+        low, high = (shift, high) if (values - shift).clamp(0, 1).sum() > total else (low, shift)
+    return (values - high).clamp(0, 1)
+
+def _doubly_centred(A):
+    mean = A.mean(0)
+    return A - mean - mean[:, None] + mean.mean()
+
+# %% ../../nbs/geometry/80_generalization.ipynb #f026b5b9
+def _dual_bound(X, K, steps, most=400):
+    "The bound of Peng and Wei for X, (N, D) centred, from a multiplier found in `steps` steps."
+    if len(X) > most:
+        parts = torch.arange(len(X), device=X.device) % -(-len(X) // most)     # dealt out in turn
+        groups = [X[parts == i] for i in parts.unique()]
+        return sum(len(g) * _dual_bound(g - g.mean(0), K, steps, most) for g in groups) / len(X)
+    if len(X) <= K: return 0.0
+    A = X @ X.T  # (N, N)
+    total = A.trace()
+    if total == 0: return 0.0
+    A, W, U = A / total, A.new_full(A.shape, 1 / len(A)), torch.zeros_like(A)  # W: entries >= 0; U: scaled multiplier
+    scale = A.norm()  # the penalty of the search
+    for _ in range(steps):
+        values, vectors = torch.linalg.eigh(_doubly_centred(W - U + A / scale))
+        Z = 1 / len(A) + (vectors * _capped(values, K - 1)) @ vectors.T
+        Z = 1.7 * Z - 0.7 * W
+        W, U = (Z + U).clamp(min=0), U + Z - (Z + U).clamp(min=0)
+    best = min(_reached(A, B, K) for B in (torch.zeros_like(A), (-scale * U).clamp(min=0)))
+    return max(0.0, (1 - best) * total.item() / len(A))
+
+def _reached(A, B, K):
+    "The most that tr(AZ) can be, by the multiplier B >= 0."
+    values = torch.linalg.eigvalsh(_doubly_centred(A + B))
+    return (B.sum() / len(A) + values[len(A) - K + 1 :].sum()).item()
 
 # %% ../../nbs/geometry/80_generalization.ipynb #fd5e369c
 def test_collapse_from_statistics(

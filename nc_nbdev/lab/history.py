@@ -41,10 +41,11 @@ def tpt_start(
     history: pd.DataFrame,          # tidy, with the train accuracy
     accuracy: float = 0.999,        # the terminal phase starts when train accuracy reaches this and stays there
     condition: str | None = None,   # None when there is only one
+    dip: float = 0.01,              # how far it may fall below that later on
 ) -> pd.Series:                     # index seed; NaN where it is never reached
     "The first measured epoch of the terminal phase of training (TPT), by seed."
     table = curves(history, "accuracy", "train", condition=condition)
-    stays = (table >= accuracy)[::-1].cummin()[::-1]
+    stays = (table >= accuracy) & (table >= accuracy - dip)[::-1].cummin()[::-1]
     return stays.idxmax().where(stays.any()).astype(float)
 
 # %% ../../nbs/lab/10_history.ipynb #a46ca985

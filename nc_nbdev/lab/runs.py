@@ -33,7 +33,7 @@ from .store import DamagedFile, Entry
 from .taps import layer_features, tap_layers
 
 # %% ../../nbs/lab/40_runs.ipynb #32619d26
-FORMAT = 2     # of a run's folder
+FORMAT = 3     # of a run's folder
 
 def recipe_id(
     recipe,   # a frozen dataclass; class attributes `kind` (default its name) and `version` (default 1)
@@ -58,18 +58,21 @@ def _changed(recipe):
 # %% ../../nbs/lab/40_runs.ipynb #d6ce4c42
 def measured_epochs(
     recipe,               # its `measure_points` (default 24) says how many
-) -> tuple[int, ...]:     # on a log grid, the untrained network and the end included
+) -> tuple[int, ...]:     # on a log grid from the untrained network to the end; of four or more also 0.9 and 0.95 of it
     "The epochs after which a run measures its features."
-    return log_epochs(recipe.epochs, getattr(recipe, "measure_points", 24))
+    points = getattr(recipe, "measure_points", 24)
+    late = {round(share * recipe.epochs) for share in (0.9, 0.95)} if points >= 4 else set()
+    return tuple(sorted({*log_epochs(recipe.epochs, points), *late}))
 
 
 def snapshot_epochs(
     recipe,               # its `snapshots` (default 8) says how many
 ) -> tuple[int, ...]:     # some of the measured epochs, first and last included
-    "The epochs at which a run keeps its weights, evenly spread over the measured ones."
+    "The epochs at which a run keeps its weights: the last two measured ones, the others evenly spread over the rest."
     epochs, n = measured_epochs(recipe), getattr(recipe, "snapshots", 8)
-    if n == 0: return ()
-    return tuple(sorted({epochs[round(i * (len(epochs) - 1) / max(n - 1, 1))] for i in range(n)} | {epochs[-1]}))
+    if n < 3: return (epochs[0], epochs[-1])[2 - n:]
+    spread = {epochs[round(i * (len(epochs) - 2) / (n - 2))] for i in range(n - 1)}
+    return tuple(sorted(spread | {epochs[-1]}))
 
 # %% ../../nbs/lab/40_runs.ipynb #5920b105
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import curves, fall, final, late_slope, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import weak_decay
-from ..vision.recipes import image_base
+from .train_vs_test import all_conditions, by_variant, of_variant, weak_decay
 
 # %% ../../nbs/paper/40_cascade.ipynb #495ad6f0
 _abstract = "Hui, Belkin, Nakkiran 2022, abstract of 2202.08384 v1"
@@ -35,9 +34,9 @@ CLAIMS = (
               source="ours, motivated by He, Su 2022, abstract of 2210.17020 v2"))
 
 # %% ../../nbs/paper/40_cascade.ipynb #a5697e1a
-def _conditions(settings):
+def _conditions(base):
     "Condition -> recipe."
-    return {"full decay": image_base(settings), "weak decay": weak_decay(image_base(settings))}
+    return {"full decay": base, "weak decay": weak_decay(base)}
 
 def _layers(history):
     "The tapped layers, in order of depth."
@@ -98,5 +97,7 @@ def run_cascade(
     progress=True,   # show bars
 ):
     "Study 5: NC1 by layer."
-    history = histories(_conditions(settings), settings, progress)
-    return Measured(_numbers(history), history, {"cascade": _figure(history[history.condition == "full decay"])})
+    history = histories(all_conditions(settings, _conditions), settings, progress)
+    measured = by_variant(settings, lambda v: _numbers(of_variant(history, v)))
+    return Measured(**measured, history=history,
+                    figures={"cascade": _figure(history[history.condition == "full decay"])})

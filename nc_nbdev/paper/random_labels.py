@@ -16,7 +16,7 @@ from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure
 from ..lab.history import curves, final, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import weak_decay
+from .train_vs_test import all_conditions, by_variant, of_variant, weak_decay
 from ..vision.recipes import image_base
 
 # %% ../../nbs/paper/10_random_labels.ipynb #4e3583d9
@@ -32,9 +32,8 @@ CLAIMS = (
               reason="decay that shrinks all features alike changes no ratio"))
 
 # %% ../../nbs/paper/10_random_labels.ipynb #191a9ad4
-def _conditions(settings):
-    "Condition -> recipe."
-    true = image_base(settings)
+def _conditions(true):
+    "Condition -> recipe, from that with true labels."
     random = replace(true, label_noise=1.0)
     return {"true labels": true, "random labels": random, "random labels, weak decay": weak_decay(random)}
 
@@ -72,6 +71,7 @@ def run_random_labels(
     progress=True,   # show bars
 ):
     "Study 2: train collapse with random labels."
-    history = histories(_conditions(settings), settings, progress)
+    history = histories(all_conditions(settings, _conditions), settings, progress)
     K = image_base(settings).data(settings.data_dir).num_classes
-    return Measured(_numbers(history, K), history, {"random_labels": _figure(history, K)})
+    measured = by_variant(settings, lambda v: _numbers(of_variant(history, v), K))
+    return Measured(**measured, history=history, figures={"random_labels": _figure(of_variant(history, ""), K)})

@@ -15,7 +15,8 @@ from ..lab.claims import Statement
 from ..lab.history import curves, final, value_at
 from ..lab.studies import Measured, condition_runs, study
 from ..lab.taps import tap_layers
-from .training_longer import LAST, PROBE, asked, coarse_tasks, first_snapshots, recorded, window_epochs
+from .train_vs_test import LAST, all_conditions, asked, by_variant, in_variant, of_variant, recorded, variants
+from .training_longer import PROBE, coarse_tasks, first_snapshots, window_epochs
 from ..vision.transfer import measure_transfer
 
 # %% ../../nbs/paper/30_which_layer.ipynb #a0879b58
@@ -80,10 +81,13 @@ def run_which_layer(
     progress=True,   # show bars
 ):
     "Study 4: the fine probe by layer."
-    runs = condition_runs(coarse_tasks(settings), settings, progress)
+    runs = condition_runs(all_conditions(settings, lambda base: coarse_tasks(settings, base)), settings, progress)
     history, layers = recorded(runs), tap_layers(runs["pairs"][0].model(0))
-    history = pd.concat([history, asked(_jobs(runs, history, layers), settings, progress)], ignore_index=True)
-    found = _numbers(history)
-    notes = {id: "not trained at this scale" for id in _TASKS if id not in found}
-    notes |= {id: "no snapshot in the terminal phase before T" for id, (v, _) in found.items() if np.isnan(v).any()}
-    return Measured(found, history, {"which_layer": _figure(history)}, notes)
+    jobs = [(in_variant(v, name), job) for v in variants(settings)
+            for name, job in _jobs(of_variant(runs, v), of_variant(history, v), layers)]
+    history = pd.concat([history, asked(jobs, settings, progress)], ignore_index=True)
+    measured = by_variant(settings, lambda v: _numbers(of_variant(history, v)))
+    notes = {id: "not trained at this scale" for id in _TASKS if id not in measured["values"]}
+    notes |= {id: "no snapshot in the terminal phase before T" for id, (v, _) in measured["values"].items()
+              if np.isnan(v).any()}
+    return Measured(**measured, history=history, figures={"which_layer": _figure(of_variant(history, ""))}, notes=notes)

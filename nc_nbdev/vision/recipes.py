@@ -135,6 +135,7 @@ class Preset:
     name: str                       # a key of `PRESETS`, one of `SCALES`
     grid: tuple[ImageRecipe, ...]   # one recipe a data set, model and loss; the main one first
     note: str                       # what it costs
+    every: bool = False             # every study runs the whole grid, not the first study alone
 
 # %% ../../nbs/vision/00_recipes.ipynb #e091ec4b
 _laptop = ImageRecipe(epochs=160, train_per_class=200, test_per_class=200, batch_size=64)
@@ -146,9 +147,9 @@ _losses = ("cross_entropy", "mse")
 PRESETS = {p.name: p for p in (
     Preset("quick", tuple(ImageRecipe(loss=loss) for loss in _losses), "minutes on two cores"),
     Preset("laptop", tuple(replace(_laptop, dataset=d, loss=loss) for d in ("mnist", "cifar10") for loss in _losses),
-           "an evening on two cores"),
+           "a night on two cores", every=True),
     Preset("workstation", tuple(replace(_workstation, dataset=d) for d in ("cifar10", "mnist")),
-           "a night on two cores, or minutes on a GPU"),
+           "nights on two cores, or an hour on a GPU", every=True),
     Preset("paper", (*(replace(_paper, dataset=d, model=m) for m in ("resnet18", "densenet121", "vgg16_bn")
                        for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")),
                      *(replace(_paper, dataset=d, model="resnet18", loss="mse") for d in ("cifar10", "mnist"))),
