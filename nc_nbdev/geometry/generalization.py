@@ -108,7 +108,7 @@ def weak_lower_bound(
     variances = torch.linalg.eigvalsh(Sigma)  # from the smallest to the largest
     return variances[: max(0, len(variances) - num_points + 1)].clamp(min=0).sum().item()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #f0d3ead2
+# %% ../../nbs/geometry/80_generalization.ipynb #b3150041
 def _capped(values, total):
     "The nearest numbers between 0 and 1 with this sum."
     low, high = values.min() - 1, values.max()
@@ -121,7 +121,7 @@ def _doubly_centred(A):
     mean = A.mean(0)
     return A - mean - mean[:, None] + mean.mean()
 
-# %% ../../nbs/geometry/80_generalization.ipynb #f026b5b9
+# %% ../../nbs/geometry/80_generalization.ipynb #02cfcbcb
 def _dual_bound(X, K, steps, most=400):
     "The bound of Peng and Wei for X, (N, D) centred, from a multiplier found in `steps` steps."
     if len(X) > most:

@@ -43,8 +43,8 @@ CLAIMS = (
     Statement("2c", "because they are new to the network", "strong_test_variance / train_variance at T",
               "train images as test images", at_least=3, interval="log-t", source="ours", reason=_sampling),
     Statement("3a", "Nor does weak test collapse: no K points are near to all test features",
-              "weak_certified_variance at T", "separable classes, K-means", at_least=0.01, interval="log-t", primary=True,
-              source=_abstract, reason=_tenth, bound="lower"),
+              "weak_certified_variance at T", "separable classes, K-means", at_least=0.01, interval="log-t",
+              primary=True, source=_abstract, reason=_tenth, bound="lower"),
     Statement("3b", "and the distance to the best K points falls slower than train_variance",
               "most that log weak variance can have fallen / fall of log train_variance, late",
               "separable classes, the least",
@@ -185,7 +185,8 @@ def _numbers(history, name):
              "1b": (end("train_variance", "train"), end("train_variance", "train", decay)),
              "2c": grown("strong_test_variance"), "3c": grown("weak_test_variance")}
     strong, above, below = "strong_test_variance", "weak_test_variance", "weak_certified_variance"
-    found |= {"2a": (end(strong, "test"), end(strong, "test", apart)), "2b": (ratio(strong, name), ratio(strong, apart))}
+    found |= {"2a": (end(strong, "test"), end(strong, "test", apart)),
+              "2b": (ratio(strong, name), ratio(strong, apart))}
     if (history.measure == below).any():                                 # weights were kept
         found |= {"3a": (end(below, "test"), end(above, "test", apart)),  # in the control the bound comes from above
                   "3b": (_late_fall(history, name, above, below),

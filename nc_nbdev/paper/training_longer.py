@@ -33,7 +33,6 @@ from nc_nbdev.paper.train_vs_test import (
     variants,
     weak_decay,
 )
-from ..vision.recipes import image_base
 from ..vision.sources import font_letters
 from ..vision.transfer import feature_tasks, measure_transfer, other_data_history, pixel_task
 

@@ -15,7 +15,16 @@ from ..lab.claims import Statement
 from ..lab.history import curves, final, value_at
 from ..lab.studies import Measured, condition_runs, study
 from ..lab.taps import tap_layers
-from .train_vs_test import LAST, all_conditions, asked, by_variant, in_variant, of_variant, recorded, variants
+from nc_nbdev.paper.train_vs_test import (
+    LAST,
+    all_conditions,
+    asked,
+    by_variant,
+    in_variant,
+    of_variant,
+    recorded,
+    variants,
+)
 from .training_longer import PROBE, coarse_tasks, first_snapshots, window_epochs
 from ..vision.transfer import measure_transfer
 
