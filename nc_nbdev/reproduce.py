@@ -28,7 +28,7 @@ from types import ModuleType
 import pandas as pd
 from .lab.claims import agreement, format_number, holm, load_claims, save_claims, scoreboard
 from .lab.runs import plan_table, planned, recipe_id
-from .lab.settings import SCALES, Settings, get_settings
+from .lab.settings import SCALES, Settings, check_choice, get_settings
 from .lab.studies import code_used
 
 # %% ../nbs/reproduce.ipynb #b780b019
@@ -55,17 +55,16 @@ def study_names(
 ) -> list[str]:  # names of studies, in reading order
     "The studies meant. Raises `ValueError` for a name that is neither a study nor a room."
     rooms = {m.partition(".")[0] for m in STUDIES.values()}
-    names = list(STUDIES) if not names else [names] if isinstance(names, str) else list(names)
-    if unknown := [n for n in names if n not in STUDIES and n not in rooms]:
-        known = f"one of {', '.join(STUDIES)}, or a room: {', '.join(sorted(rooms))}"
-        raise ValueError(f"unknown study {unknown}: expected {known}")
+    names = list(STUDIES) if not names else [names] if isinstance(names, str) else names
+    for name in names: check_choice("study", name, (*STUDIES, *sorted(rooms)))
     return [n for n, module in STUDIES.items() if n in names or module.partition(".")[0] in names]
 
 
 def load_study(
     name: str,   # of `STUDIES`
 ):               # a study, as `lab.studies.study` makes it
-    "The study with this name."
+    "The study with this name. Raises `ValueError` for an unknown one."
+    check_choice("study", name, STUDIES)
     return getattr(import_module(f"nc_nbdev.{STUDIES[name]}"), f"run_{name}")
 
 # %% ../nbs/reproduce.ipynb #b2193728
@@ -145,7 +144,7 @@ def reproduce(
     progress: bool = True,        # show what is being done
 ) -> list:                        # of `Claim`
     "Run studies and write the report; what is finished is read. Raises `ValueError` for unknown names."
-    settings = _settings(preset=preset, seeds=seeds, datasets=datasets and tuple(datasets))
+    settings = _settings(preset=preset, seeds=seeds, datasets=datasets)
     return _run(study_names(studies), settings, report_folder(settings, out), progress)
 
 
@@ -314,7 +313,7 @@ def main(
     parser.add_argument("--confirm", choices=SCALES, help="run what is registered for a scale, into results/")
     args = parser.parse_args(argv)
     try: _command(args)
-    except (ValueError, FileNotFoundError, RuntimeError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
+    except (ValueError, OSError, RuntimeError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
 
 
 def _command(args):
@@ -329,6 +328,7 @@ def _command(args):
     names, out = study_names(args.studies), report_folder(settings, args.out)
     print(format_plan(plan(settings, names), names), flush=True)
     if args.plan: return
+    out.mkdir(parents=True, exist_ok=True)         # where it cannot be written, say so before hours of training
     claims = _run(names, settings, out, True)
     kept = kept_results(results_folder(settings)).get(settings.preset, [])
     print(f"\n{format_scoreboard(claims)}\n\n{format_agreement(claims, kept)}\n\nreport: {out / 'report.html'}")

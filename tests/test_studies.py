@@ -158,9 +158,9 @@ def test_the_plan_runs_nothing(tiny_project, capsys):
     assert "8 of them to train" in capsys.readouterr().out and not (tiny_project / "runs").exists()
 
 
-@pytest.mark.parametrize("argv, said", [(["--studies", "alchemy"], "unknown study"),
+@pytest.mark.parametrize("argv, said", [(["--studies", "alchemy"], "expected one of train_vs_test"),
                                         (["--confirm", "paper"], "paper is not registered"),
-                                        (["--seeds", "0"], "seeds=0: expected at least 1")])
+                                        (["--seeds", "0"], "seeds=0: expected a whole number of at least 1")])
 def test_command_rejects(argv, said, tiny_project, capsys):
     with pytest.raises(SystemExit) as exit: command.main(argv)
     assert exit.value.code == 2 and said in capsys.readouterr().err
@@ -232,8 +232,8 @@ def run_mine(settings, progress):
 
 def test_the_module_can_be_called_whoever_imports_first():
     import nc_nbdev as nc
-    with pytest.raises(ValueError, match="unknown study"): nc.reproduce(studies="alchemy")
-    with pytest.raises(ValueError, match="unknown study"): command.reproduce(studies="alchemy")
+    with pytest.raises(ValueError, match="expected one of train_vs_test"): nc.reproduce(studies="alchemy")
+    with pytest.raises(ValueError, match="expected one of train_vs_test"): command.reproduce(studies="alchemy")
 
 
 def test_what_is_not_measured_and_what_was_never_stated():

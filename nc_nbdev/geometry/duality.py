@@ -79,7 +79,7 @@ def nc3_bias(
     weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0, in units of the logits
     "Norm of the logits at the global mean, `|W mu_G + b|` (Zhu et al. 2021, 2105.02375). ValueError on unequal shapes."
-    W, means = _pair(W, source, False)
+    W, means = _pair(W, source, False, weighting)
     mu_G = source.global_mean(weighting) if isinstance(source, ClassStatistics) else means.mean(0)  # (D,)
     return (W @ mu_G + as_bias(b, W)).norm().item()
 

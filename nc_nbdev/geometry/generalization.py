@@ -18,8 +18,9 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from .etf import as_whole
 from .nearest_centre import nearest_centre
-from .statistics import ClassStatistics, as_tensor
+from .statistics import ClassStatistics, as_tensor, check_statistics
 
 # %% ../../nbs/geometry/80_generalization.ipynb #660524a8
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def _centred(H):
     return torch.linalg.qr(X.T, mode="r").R.T if X.shape[1] > len(X) else X
 
 # %% ../../nbs/geometry/80_generalization.ipynb #94545e2d
+def _check_points(num_points):
+    "Raise ValueError unless there is at least one point."
+    if as_whole(num_points) is None or num_points < 1:
+        raise ValueError(f"num_points is {num_points!r}: expected at least one point, a whole number")
+
 def _partition(X, part, K):
     "Mean of each part, (K, D), sizes, (K,), and squared distance of each sample to the mean of its part, (N,)."
     sizes = torch.bincount(part, minlength=K)
@@ -71,9 +77,12 @@ def weak_variance(
     seed: int = 0,  # of these starts: same seed, same result
 ) -> float:  # >= the optimum of min over K points of mean_i min_k |h_i - m_k|^2
     "Mean squared distance to the best K points found, by K-means. Raises ValueError without a point or a start."
-    if num_points < 1 or restarts < 0 or restarts + len(initial) < 1:
-        raise ValueError(f"num_points is {num_points}, restarts {restarts}, with {len(initial)} initial sets: expected "
-                         "at least one point and one start")
+    _check_points(num_points)
+    if as_whole(restarts) is None or restarts < 0 or restarts + len(initial) < 1 or as_whole(seed) is None or seed < 0:
+        raise ValueError(f"restarts is {restarts!r}, with {len(initial)} initial sets, and seed {seed!r}: expected "
+                         "whole numbers, and at least one start")
+    if wrong := [len(points) for points in initial if len(points) != num_points]:
+        raise ValueError(f"initial has a set of {wrong[0]} points: expected {num_points}, as num_points says")
     starts = [nearest_centre(H, points) for points in initial]  # as (N,) partitions, found in the space of H
     X = _centred(H)  # (N, min(N, D))
     if len(X) <= num_points: return 0.0  # every sample is its own point
@@ -100,6 +109,7 @@ def weak_lower_bound(
     steps: int = 0,  # of the search for a tighter bound, for features only; 30 get within a few per cent
 ) -> float:  # <= the optimum of min over K points of mean_i min_k |h_i - m_k|^2
     "Total variance less its K-1 largest principal parts (Zha et al. 2001). ValueError without covariance, or on NaN."
+    _check_points(num_points)
     if steps: return _dual_bound(_centred(H), num_points, steps)
     if isinstance(H, ClassStatistics): Sigma = H.total_covariance()  # (D, D)
     else:
@@ -170,9 +180,7 @@ test_collapse_from_statistics.__test__ = False  # a function of this library, no
 # %% ../../nbs/geometry/80_generalization.ipynb #8c415dd6
 def _between(train, test, weighting):
     "tr Sigma_B of the train set. Raises ValueError when the two splits cannot be compared or the means coincide."
-    for name, stats in (("train", train), ("test", test)):
-        if not isinstance(stats, ClassStatistics):
-            raise ValueError(f"{name} is a {type(stats).__name__}: expected ClassStatistics")
+    check_statistics(train, "train"); check_statistics(test, "test")
     if (train.num_classes, train.dim) != (test.num_classes, test.dim):
         raise ValueError(f"train has {train.num_classes} classes of dimension {train.dim}, test {test.num_classes} of "
                          f"{test.dim}: expected the same of both")

@@ -10,6 +10,7 @@ __all__ = ['TILE', 'class_rows', 'as_rows', 'nc2_norms', 'unit_rows', 'nc2_angle
 
 # %% ../../nbs/geometry/30_means.ipynb #8c2b55b7
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ def class_rows(
 ) -> Tensor:  # (K, D) float64
     "The rows `M_c = mu_c - mu_G`, or `mu_c` as they are. Raises ValueError on an empty class, a wrong shape, NaN."
     if isinstance(source, ClassStatistics): mu, mu_G = source.means, source.global_mean(weighting)  # no empty class
-    else: mu = as_rows(source); mu_G = mu.mean(0)
+    elif weighting == "class": mu = as_rows(source); mu_G = mu.mean(0)
+    else: raise ValueError(f"weighting is {weighting!r}: rows have 'class' only; 'sample' needs ClassStatistics")
     return centre_rows(mu, mu_G) if centred else mu.clone()
 
 # %% ../../nbs/geometry/30_means.ipynb #f3239119
@@ -140,7 +142,10 @@ def gram_distance(
     gram: Tensor,  # (K, K), of any scale: A A^T of some rows A, or W M^T
     target: Tensor,  # (K, K), of any scale: `simplex_gram(K)`, or the identity for an orthogonal frame
 ) -> float:  # 0 (a positive multiple of the target) to 2
-    "Frobenius distance of two Gram matrices, both scaled to norm 1. Raises ValueError when one is zero."
+    "Frobenius distance of two Gram matrices, both scaled to norm 1. Raises ValueError on zeros, or other sizes."
+    gram, target = as_rows(gram, "gram"), as_rows(target, "target")
+    if gram.shape != target.shape or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram has shape {tuple(gram.shape)}, target {tuple(target.shape)}: expected (K, K) of both")
     target = target.to(gram)
     if not gram.any() or not target.any():
         raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
@@ -193,5 +198,6 @@ def riesz_uniformity(
     log_d = _log_distances(source, centred)  # (K (K-1)/2,)
     D = source.dim if isinstance(source, ClassStatistics) else as_rows(source).shape[1]
     s = max(D - 2, 1) if exponent is None else exponent
-    if not 0 < s < math.inf: raise ValueError(f"exponent is {s}: expected a positive finite number")
+    if not isinstance(s, Real) or not 0 < s < math.inf:
+        raise ValueError(f"exponent is {s!r}: expected a positive finite number")
     return ((torch.logsumexp(-s * log_d, 0) - math.log(len(log_d))) / s).item()  # in logs: d^-s under- and overflows

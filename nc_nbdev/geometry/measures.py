@@ -24,7 +24,7 @@ from nc_nbdev.geometry.means import (
     one_vs_rest_margin,
 )
 from .nearest_centre import both_decisions, nearest_centre
-from .statistics import ClassStatistics, as_tensor
+from .statistics import ClassStatistics, as_tensor, check_statistics
 from .variability import cdnv, nc1_pinv, nc1_trace, vci
 
 # %% ../../nbs/geometry/70_measures.ipynb #b799b400
@@ -79,9 +79,7 @@ def measure_collapse(
     weighting: str = "class",  # of mu_G and Sigma_W: classes count equally ("class") or by their samples ("sample")
 ) -> CollapseMeasures:  # NC4 is None: it needs the features
     "All measures that statistics (and a head) give. Raises ValueError on an empty class, or a head that does not fit."
-    if not isinstance(stats, ClassStatistics):
-        raise ValueError(f"stats is a {type(stats).__name__}: expected ClassStatistics; for features, "
-                         "call measure_features")
+    check_statistics(stats)
     reasons = dict.fromkeys(("nc4_disagreement", "ncc_accuracy"), "needs the features: use measure_features")
     if head is None:
         without_head = ("nc3_duality", "nc3_etf", "nc3_cosine", "nc3_bias", "nc4_disagreement")
@@ -151,8 +149,7 @@ def measure_features(
 # %% ../../nbs/geometry/70_measures.ipynb #73e90298
 def _reference_means(reference, stats):
     "Class means for NC4, (K, D). Raises ValueError when the reference does not fit the features, or lacks a class."
-    if not isinstance(reference, ClassStatistics):
-        raise ValueError(f"reference is a {type(reference).__name__}: expected ClassStatistics of the train set")
+    check_statistics(reference, "reference")
     if (reference.num_classes, reference.dim) != (stats.num_classes, stats.dim):
         raise ValueError(f"reference has K = {reference.num_classes}, D = {reference.dim}: expected K = "
                          f"{stats.num_classes}, D = {stats.dim}, as the features")

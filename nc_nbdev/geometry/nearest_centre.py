@@ -68,7 +68,8 @@ def as_features(
 ) -> Tensor:  # (N, D)
     "H as a tensor. Raises ValueError unless it is (N, D) floating with N >= 1 and D = dim."
     H = as_tensor(H, "features")
-    if not H.is_floating_point() or H.ndim != 2 or len(H) == 0 or H.shape[1] != (dim or H.shape[1]):
+    real = H.is_floating_point() and H.element_size() > 1
+    if not real or H.ndim != 2 or len(H) == 0 or H.shape[1] != (dim or H.shape[1]):
         raise ValueError(f"features are {H.dtype} of shape {tuple(H.shape)}: expected floating-point numbers of shape "
                          f"(N, {dim or 'D'}) with N >= 1")
     return H
@@ -154,8 +155,8 @@ def _as_labels(y, N, K) -> Tensor:  # (N,) int64
     "The labels. Raises ValueError on another shape, or on anything but integers 0..K-1."
     y = as_tensor(y, "labels")
     if y.shape != (N,): raise ValueError(f"labels have shape {tuple(y.shape)}: expected ({N},), one a sample")
-    low, high = y.long().min(), y.long().max()
-    if y.is_floating_point() or low < 0 or high >= K:
+    low, high = (y.long().min(), y.long().max()) if not y.is_complex() else (0, 0)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or low < 0 or high >= K:
         raise ValueError(f"labels are {y.dtype} from {low} to {high}: expected integers 0..{K - 1}")
     return y.long()
 
@@ -166,8 +167,10 @@ def logit_margin(
 ) -> Tensor:  # (..., N): positive where the own class has the largest score
     "Score of the own class minus the best other score. Raises ValueError on a wrong shape, or a label outside 0..K-1."
     logits = as_tensor(logits, "logits")
-    if logits.ndim < 2 or logits.shape[-1] < 2:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}: expected (..., N, K) with K >= 2")
+    if not logits.is_floating_point() or logits.ndim < 2 or logits.shape[-1] < 2 or not logits.numel():
+        raise ValueError(f"logits are {logits.dtype} of shape {tuple(logits.shape)}: expected floating-point numbers "
+                         "(..., N, K), N >= 1 and K >= 2")
+    if logits.isnan().any(): raise ValueError("logits hold NaN: expected numbers; did the training diverge?")
     own = one_hot(_as_labels(y, *logits.shape[-2:]).to(logits.device), logits.shape[-1]).bool()  # (N, K)
     return logits[..., own] - logits.masked_fill(own, -torch.inf).amax(-1)
 
@@ -177,11 +180,13 @@ def linearly_separable(
     y: Tensor,  # (N,) integer labels; two classes or more
 ) -> bool:
     "Whether a linear classifier is right on every sample, by a linear programme. Raises ValueError on one class only."
-    H = as_features(H).double().cpu()
-    classes, y = as_tensor(y, "labels").cpu().unique(return_inverse=True)
-    if len(y) != len(H) or len(classes) < 2:
-        raise ValueError(f"{len(y)} labels of {len(classes)} classes, {len(H)} features: expected one label a sample, "
-                         "and two classes at least")
+    H, y = as_features(H).double().cpu(), as_tensor(y, "labels").cpu()
+    if y.shape != H.shape[:1] or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"{y.numel()} labels, {y.dtype} of shape {tuple(y.shape)}, of {len(H)} features: expected one "
+                         "whole number a sample")
+    if not H.isfinite().all(): raise ValueError("features hold NaN or infinity: expected finite numbers")
+    classes, y = y.unique(return_inverse=True)
+    if len(classes) < 2: raise ValueError(f"{len(y)} labels of {len(classes)} classes: expected two classes at least")
     X = H - H.mean(0)
     X = torch.cat([X / X.abs().max().clamp(min=1e-300), torch.ones(len(X), 1)], 1)  # (N, D+1)
     own, K = one_hot(y), len(classes)  # (N, K)

@@ -26,6 +26,7 @@ def nc5_ood(
     ood, D = as_tensor(ood, "ood").to(mu.device), mu.shape[1]
     if ood.ndim not in (1, 2) or ood.shape[-1] != D or len(ood) == 0:
         raise ValueError(f"ood has shape {tuple(ood.shape)}: expected (N, {D}) features, or their mean, ({D},)")
+    if ood.is_complex(): raise ValueError(f"ood is {ood.dtype}: expected real numbers")
     if not ood.isfinite().all(): raise ValueError("ood holds NaN or infinity: expected finite numbers")
     v = torch.atleast_2d(ood).mean(0, dtype=torch.float64)  # (D,) mu_OOD
     if centred: v = v - mu.mean(0)

@@ -11,7 +11,7 @@ __all__ = ['nc1_trace', 'nc1_pinv', 'cdnv', 'vci']
 import torch
 from torch import Tensor
 
-from .statistics import ROUNDING, ClassStatistics
+from .statistics import ROUNDING, ClassStatistics, check_statistics
 
 # %% ../../nbs/geometry/20_variability.ipynb #b7ad23e1
 def nc1_trace(
@@ -19,6 +19,7 @@ def nc1_trace(
     weighting: str = "class",  # classes count equally ("class") or by their number of samples ("sample")
 ) -> float:  # 0 at collapse
     "tr Sigma_W / tr Sigma_B (Hui et al. 2022, 2202.08384). ValueError if a class is empty or all means coincide."
+    check_statistics(stats)
     return stats.within_trace(weighting) / _between_trace(stats, weighting)
 
 # %% ../../nbs/geometry/20_variability.ipynb #6e4bff19
@@ -35,6 +36,7 @@ _EPS = torch.finfo(torch.float64).eps  # 2.2e-16
 
 def _between_factors(stats, weighting) -> tuple[Tensor, Tensor]:  # s (r,), V (D, r)
     "Sigma_B = V diag(s^2) V^T with r = rank(Sigma_B)."
+    check_statistics(stats)
     _between_trace(stats, weighting)  # refuses means that coincide
     def factors():
         _, s, Vt = torch.linalg.svd(stats.centred_means(weighting) / stats.num_classes**0.5, full_matrices=False)
@@ -61,6 +63,7 @@ def cdnv(
     ddof: int = 0,  # v_c divides by n_c - ddof
 ) -> float:  # 0 at collapse
     "Class-distance normalised variance (Galanti et al. 2021, 2112.15121). ValueError on an empty class or equal means."
+    check_statistics(stats)
     v, mu, K, total = stats.class_variances(ddof), stats.means, stats.num_classes, 0.0
     rounding = ROUNDING * mu.norm(dim=1).max()
     for start in range(0, K, 64):

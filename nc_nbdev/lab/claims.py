@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats as _stats
 
+from .settings import check_choice, check_number
+
 # %% ../../nbs/lab/60_claims.ipynb #198c5a17
 def seed_interval(
     values,               # one number a seed, shape (n,)
@@ -27,7 +29,8 @@ def seed_interval(
     "Interval over seeds; infinite where there are too few. Raises `ValueError` for no values or an unknown kind."
     x = np.asarray(values, dtype=float)
     if x.size == 0: raise ValueError("seed_interval: no values; expected one number a seed")
-    if kind not in _KINDS: raise ValueError(f"kind={kind!r}: expected one of {', '.join(_KINDS)}")
+    check_choice("kind", kind, _KINDS)
+    check_number("level", level, 0, 1)
     if np.isnan(x).any(): return (math.nan,) * 3
     if kind == "range": return float(np.median(x)), float(x.min()), float(x.max())
     if kind == "log-t":
@@ -63,8 +66,9 @@ class Statement:
     def __post_init__(self):
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"statement {self.id}: expected one bar, at_most or at_least")
-        if self.interval not in _KINDS:
-            raise ValueError(f"statement {self.id}: interval={self.interval!r}: expected one of {_KINDS}")
+        check_number(f"statement {self.id}: bar", self.bar, -math.inf)
+        check_choice(f"statement {self.id}: interval", self.interval, _KINDS)
+        check_choice(f"statement {self.id}: bound", self.bound, ("", "lower", "upper"))
 
     @property
     def bar(self) -> float:

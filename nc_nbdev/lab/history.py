@@ -8,6 +8,8 @@ The tidy table of a training history and its queries: curves by seed (`curves`),
 __all__ = ['COLUMNS', 'curves', 'tpt_start', 'value_at', 'final', 'fall', 'late_slope', 'as_history']
 
 # %% ../../nbs/lab/10_history.ipynb #14f8f45a
+from difflib import get_close_matches
+
 import numpy as np
 import pandas as pd
 
@@ -30,7 +32,9 @@ def curves(
     if rows.empty:
         there = {name: sorted(history[name].unique()) for name in ("measure", "split", "layer", "condition")}
         asked = f"split={split!r}, layer={layer!r}, condition={condition!r}"
-        raise ValueError(f"no {measure!r} for {asked}; there are {there}")
+        close = get_close_matches(str(measure), there["measure"], n=1) if measure not in there["measure"] else []
+        near = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"no {measure!r} for {asked}{near}; there are {there}")
     for name in ("condition", "split"):
         if len(several := sorted(rows[name].unique())) > 1:
             raise ValueError(f"{measure!r}: several fit, say which {name}: {several}")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry.nearest_centre import nearest_centre
+from .settings import check_choice, check_number
 
 # %% ../../nbs/lab/50_probes.ipynb #d5f8a34f
 @dataclass
@@ -43,11 +44,14 @@ def _check_task(task):
     "Raise `ValueError` for features and labels that do not belong together."
     for split, H, *labels in (("train", task.train, task.fine, task.coarse),
                               ("test", task.test, task.fine_test, task.coarse_test)):
+        for name, t in (("features", H), *(("labels", y) for y in labels)):
+            if not isinstance(t, Tensor): raise ValueError(f"{split} {name}: expected a tensor, got {type(t)}")
         if H.ndim != 2 or not H.is_floating_point() or not len(H):
             raise ValueError(f"{split} features: expected floating (N, D) with N > 0, got {H.dtype} {tuple(H.shape)}")
         if not H.isfinite().all(): raise ValueError(f"{split} features: expected finite numbers, got NaN or infinity")
-        if any(y.shape != (len(H),) for y in labels):
-            raise ValueError(f"{split}: {len(H)} features, labels of shape {[tuple(y.shape) for y in labels]}")
+        if any(y.shape != (len(H),) or y.dtype != torch.int64 for y in labels):
+            seen = [(tuple(y.shape), y.dtype) for y in labels]
+            raise ValueError(f"{split}: {len(H)} features, labels {seen}: expected torch.int64, one a sample")
         if min(int(y.min()) for y in labels) < 0: raise ValueError(f"{split} labels: expected 0 or more, got less")
     if (D := task.train.shape[1]) != task.test.shape[1]:
         raise ValueError(f"train features have {D} dimensions, test features {task.test.shape[1]}")
@@ -67,7 +71,7 @@ def fit_transform(
     coarse: Tensor | None = None,  # (N,) int64 classes within which to whiten
 ) -> Callable:                     # features (B, D) -> (B, D'), float64
     "The preparation of features before a probe. Raises `ValueError` for an unknown kind, or with nothing to whiten."
-    if kind not in TRANSFORMS: raise ValueError(f"kind={kind!r}: expected one of {', '.join(TRANSFORMS)}")
+    check_choice("kind", kind, TRANSFORMS)
     H = H.double()
     mu = H.mean(0)
     if kind == "whitened":
@@ -113,6 +117,10 @@ def fit_logistic(
     max_steps: int = 100,    # Newton steps
 ) -> LogisticFit:
     "Logistic regression by Newton's method. Raises `ValueError` for a missing class, warns where `tol` is not reached."
+    check_number("C", C, 1e-30)
+    if X.ndim != 2 or y.shape != X.shape[:1] or y.dtype != torch.int64 or not X.isfinite().all():
+        raise ValueError(f"features {tuple(X.shape)}, labels {tuple(y.shape)} of {y.dtype}: expected finite (N, D), "
+                         "and one torch.int64 a sample")
     N, K = len(y), int(y.max()) + 1
     if y.min() < 0 or y.bincount().min() == 0:
         raise ValueError(f"labels {y.unique().tolist()}: expected every class from 0 to {K - 1}")
@@ -278,6 +286,7 @@ def few_shot(
     shots: int = 5,       # examples a class; all there are where a class has fewer
 ) -> float:               # mean accuracy on test features over 20 random choices of examples
     "Accuracy of the nearest centre; centres are means of a few train examples (Galanti, György, Hutter 2112.15121)."
+    check_number("shots", shots, 1, whole=True)
     generator, right = torch.Generator().manual_seed(0), []
     for _ in range(20):
         order = torch.randperm(len(task.fine), generator=generator).to(task.fine.device)

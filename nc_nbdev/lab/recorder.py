@@ -18,6 +18,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
+from ..geometry.etf import as_whole
 from .history import COLUMNS
 from .report import measure
 from .settings import log_epochs
@@ -54,8 +55,10 @@ class CollapseRecorder(Callback):
         run="", condition="", seed=0,   # what to write in the history's columns of these names
     ):
         super().__init__()
-        if epochs is None and every != "log" and not (isinstance(every, int) and every > 0):
+        if epochs is None and every != "log" and ((n := as_whole(every)) is None or n < 1):
             raise ValueError(f"every={every!r}: expected a positive integer or 'log'")
+        if epochs is not None and (not np.iterable(epochs) or any((n := as_whole(e)) is None or n < 0 for e in epochs)):
+            raise ValueError(f"epochs={epochs!r}: expected numbers of epochs, such as (0, 1, 10)")
         self.every, self.epochs = every, None if epochs is None else frozenset(epochs)
         self.train_loader, self.test_loaders = train_dl, test_dl
         self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,

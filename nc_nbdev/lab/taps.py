@@ -27,7 +27,8 @@ from ..geometry.statistics import as_tensor
 def unwrap(
     model: nn.Module,  # possibly inside DataParallel, DistributedDataParallel or torch.compile
 ) -> nn.Module:        # the network as it was written
-    "The network inside wrappers; it shares its weights with them."
+    "The network inside wrappers; it shares its weights with them. Raises `ValueError` for what is no network."
+    if not isinstance(model, nn.Module): raise ValueError(f"model is {model!r}: expected a torch.nn.Module")
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, parallel) else model._orig_mod
@@ -39,7 +40,10 @@ def check_layers(
     layers: str | Sequence[str],  # names in `model.named_modules()`, each possibly with ":input" at its end
 ) -> tuple[str, ...]:
     "The names as a tuple. Raises `ValueError` for a name that is not there, with the ones most like it."
-    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    layers = (layers,) if isinstance(layers, str) else layers
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, str) for layer in layers):
+        raise ValueError(f"layers={layers!r}: expected the name of a layer, or several")
+    layers = tuple(layers)
     names = [n for n, _ in unwrap(model).named_modules() if n]
     for layer in layers:
         if (name := layer.removesuffix(":input")) in names: continue
@@ -70,7 +74,7 @@ def head_of(
     name: str | None = None,  # of its layer, default `head_name(model)`
 ) -> tuple[Tensor, Tensor]:   # W (K, D) and b (K,), zeros for a layer without bias; copies
     "The classifier's weights. Raises `ValueError` where there is none, or the layer is not linear."
-    name = name or head_name(model)
+    name = check_layers(model, name)[0] if name else head_name(model)
     layer = unwrap(model).get_submodule(name)
     if not isinstance(layer, nn.Linear) and getattr(layer, "kernel_size", None) != (1, 1):
         raise ValueError(f"head {name!r}: {type(layer).__name__}, expected nn.Linear or a 1x1 convolution")
@@ -298,6 +302,7 @@ def tapped_batches(
     if getattr(dl, "augment", None): raise ValueError(f"augment={dl.augment!r}: measure samples as they are")
     if getattr(dl, "drop_last", False): warnings.warn("drop_last=True leaves samples out of the measure", stacklevel=3)
     model, y = unwrap(model), None
+    if not isinstance(dl, Iterable): raise ValueError(f"the loader is {dl!r}: expected batches, as of a DataLoader")
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     epoch = getattr(dl, "epoch", None)
     try:

@@ -17,6 +17,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..geometry.etf import as_whole
+from ..lab.settings import check_number
+
 # %% ../../nbs/vision/10_data.ipynb #80acc5c8
 @dataclass(frozen=True, repr=False, eq=False)
 class ImageData:
@@ -51,9 +54,10 @@ class ImageData:
 # %% ../../nbs/vision/10_data.ipynb #08fdb6e7
 def _check_data(data):
     "Raise `ValueError` for images and labels that do not belong together."
+    if data.num_classes < 2: raise ValueError(f"classes are {data.classes}: expected two or more names")
     for split, images in (("train", data.train_images), ("test", data.test_images)):
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            seen = f"{images.dtype} of shape {tuple(images.shape)}"
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+            seen = _seen(images)
             raise ValueError(f"{split}_images: expected uint8 of shape (N, C, H, W), got {seen}")
         for kind, K in (("", data.num_classes), ("fine_", len(data.fine_classes)), ("clean_", data.num_classes)):
             labels = getattr(data, f"{kind}{split}_labels", None)
@@ -61,10 +65,14 @@ def _check_data(data):
     if data.train_images.shape[1:] != data.test_images.shape[1:]:
         raise ValueError(f"train images are {data.image_shape}, test images {tuple(data.test_images.shape[1:])}")
 
+def _seen(value):
+    "A tensor's type and shape; the type of anything else."
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
 def _check_labels(what, labels, num_images, num_classes):
     "Raise `ValueError` unless `labels` is (num_images,) int64 in 0..num_classes-1."
-    if labels.dtype != torch.int64 or labels.shape != (num_images,):
-        raise ValueError(f"{what}: expected int64 {(num_images,)}, got {labels.dtype} {tuple(labels.shape)}")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (num_images,):
+        raise ValueError(f"{what}: expected int64 of shape {(num_images,)}, got {_seen(labels)}")
     if num_images and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"{what}: labels go from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")
 
@@ -73,8 +81,8 @@ def seeded(
     *key: int | str,     # integers of at least 0 and texts, e.g. the seed and the purpose
 ) -> torch.Generator:    # on the CPU
     "A generator of random numbers, seeded by every part of the key. Raises `ValueError` for a negative seed."
-    words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
-    if any(w < 0 for w in words): raise ValueError(f"a seed is an integer of at least 0, got {key}")
+    words = [zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key]
+    for word in words: check_number("seed", word, 0, whole=True)
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
 # %% ../../nbs/vision/10_data.ipynb #68f6b610
@@ -89,7 +97,7 @@ def subset(
     index = {}
     for split, n in (("train", train_per_class), ("test", test_per_class)):
         if n is None: continue
-        if n < 1: raise ValueError(f"{split}_per_class={n}: expected at least 1")
+        check_number(f"{split}_per_class", n, 1, whole=True)
         labels = getattr(self, f"{split}_labels")
         index[split] = _choose(labels, [n] * self.num_classes, seeded(seed, "subset", split), split)
     return _take(self, **index)
@@ -118,7 +126,8 @@ def keep_classes(
     classes: Sequence[int],  # labels, each once, at least two
 ) -> ImageData:              # K = len(classes), labelled 0..K-1 in this order
     "The images of some classes. Raises `ValueError` for a class that is not there, or is there twice."
-    if len(set(classes)) != len(classes) or not set(classes) <= set(range(self.num_classes)) or len(classes) < 2:
+    known = {as_whole(c) for c in classes} & {*range(self.num_classes)}
+    if len(known) != len(classes) or len(classes) < 2:
         raise ValueError(f"classes {list(classes)}: expected two or more of 0..{self.num_classes - 1}, each once")
     table = torch.full((self.num_classes,), -1)
     table[list(classes)] = torch.arange(len(classes))                        # old label -> new one
@@ -149,10 +158,11 @@ def _coarse_labels(partition, classes):
     "The coarse label of every class, (K,): at least two different ones, none left out."
     K = len(classes)
     if isinstance(partition, str): coarse = _named_partition(partition, classes)
-    elif all(np.ndim(group) == 1 for group in partition):
+    elif np.iterable(partition) and all(np.ndim(group) == 1 for group in partition):
         members = sorted((int(c), k) for k, group in enumerate(partition) for c in group)
         coarse = [k for _, k in members] if [c for c, _ in members] == list(range(K)) else []
-    else: coarse = [int(c) for c in partition]
+    else: coarse = [as_whole(c) for c in partition] if np.iterable(partition) else []
+    if None in coarse: coarse = []
     if len(coarse) != K or set(coarse) != set(range(max(coarse) + 1)) or max(coarse) < 1:
         raise ValueError(f"partition {partition}: expected at least 2 groups, none empty, "
                          f"with each class 0..{K - 1} once")
@@ -181,7 +191,7 @@ def with_label_noise(
     seed: int = 0,    # of the choice of labels and of the new ones
 ) -> ImageData:       # the same images; the correct labels are kept as `clean_train_labels`
     "Redraw train labels uniformly over all classes. Raises `ValueError` outside 0..1."
-    if not 0 <= fraction <= 1: raise ValueError(f"fraction={fraction}: expected 0..1")
+    check_number("fraction", fraction, 0, 1)
     generator, N = seeded(seed, "label noise"), len(self.train_labels)
     chosen = torch.randperm(N, generator=generator)[:round(fraction * N)]
     labels = self.train_labels.clone()
@@ -197,7 +207,7 @@ def with_imbalance(
     seed: int = 0,     # of the random choice of images
 ) -> ImageData:        # the same test set
     "Keep fewer train images of each later class. Raises `ValueError` for a ratio below 1, or an empty class."
-    if ratio < 1: raise ValueError(f"ratio={ratio}: expected the largest class over the smallest, at least 1")
+    check_number("ratio", ratio, 1)
     K, largest = self.num_classes, int(self.train_labels.bincount(minlength=self.num_classes).min())
     counts = [round(largest * ratio ** (-c / (K - 1))) for c in range(K)]
     if min(counts) < 1: raise ValueError(f"ratio={ratio}: of {largest} images a class, the smallest would be empty")

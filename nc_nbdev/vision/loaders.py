@@ -13,6 +13,7 @@ from copy import copy
 
 import torch
 from fastcore.basics import patch
+from ..lab.settings import check_choice, check_number
 from .data import ImageData, seeded
 from torch import Tensor
 
@@ -44,10 +45,16 @@ class TensorLoader:
         augment: str | None = None,   # None or "crop_flip"
         device: str | torch.device = "cpu",   # where images, labels and batches live
     ):
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+            seen = [getattr(images, name, type(images).__name__) for name in ("dtype", "shape")]
+            raise ValueError(f"images are {seen}: expected torch.uint8 of shape (N, C, H, W)")
         if len(images) != len(labels): raise ValueError(f"{len(images)} images and {len(labels)} labels")
         if not len(images): raise ValueError("no images")
-        if batch_size < 1: raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        if augment not in (None, "crop_flip"): raise ValueError(f"augment={augment!r}: expected None or 'crop_flip'")
+        check_number("batch_size", batch_size, 1, whole=True)
+        check_choice("augment", augment, (None, "crop_flip"))
+        for name, t in (("mean", mean), ("std", std)):
+            if t is not None and t.shape != images.shape[1:2]:
+                raise ValueError(f"{name} has shape {tuple(t.shape)}: expected ({images.shape[1]},), one a channel")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.shuffle, self.seed, self.augment, self.epoch = shuffle, seed, augment, 0
         C = images.shape[1]

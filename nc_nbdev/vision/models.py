@@ -10,6 +10,8 @@ __all__ = ['model_names', 'build_model', 'BasicBlock', 'SmallResNet', 'MLP', 'co
 # %% ../../nbs/vision/30_models.ipynb #30812de3
 from torch import Tensor, nn
 
+from ..lab.settings import check_choice, check_number
+
 # %% ../../nbs/vision/30_models.ipynb #0bdc5d99
 model_names = ("small_resnet", "mlp", "resnet18", "resnet34", "resnet50", "densenet121",
                "vgg11_bn", "vgg16_bn", "vgg19_bn")
@@ -22,8 +24,10 @@ def build_model(
     image_size: int = 32,     # pixels a side; mlp and the VGG nets depend on it
 ) -> nn.Module:               # (B, in_channels, H, W) -> (B, num_classes); `tap_names` are its layers
     "A network for small images, its weights drawn with torch's current seed. Raises `ValueError` for an unknown name."
-    if name not in model_names: raise ValueError(f"model {name!r}: expected one of {', '.join(model_names)}")
-    if width is not None and width < 1: raise ValueError(f"{name}: width={width}, expected at least 1")
+    check_choice("model", name, model_names)
+    sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    if width is not None: sizes["width"] = width
+    for what, size in sizes.items(): check_number(what, size, 1, whole=True)
     if name == "small_resnet": return SmallResNet(num_classes, in_channels, width or 16)
     if name == "mlp": return MLP(num_classes, in_channels * image_size ** 2, width or 256)
     if width: raise ValueError(f"{name}: the width cannot be changed; small_resnet has any width")

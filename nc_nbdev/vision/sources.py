@@ -8,6 +8,8 @@ Data sets by name (`load_dataset`): scikit-learn's digits, `templates` with nois
 __all__ = ['dataset_names', 'load_dataset', 'templates', 'font_letters', 'adapt_images']
 
 # %% ../../nbs/vision/15_sources.ipynb #6ec2d1d6
+import difflib
+import lzma
 import re
 import tarfile
 import warnings
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..lab.settings import get_settings
+from ..lab.settings import check_number, get_settings
 from ..lab.store import Entry
 from .data import ImageData, seeded
 
@@ -29,15 +31,18 @@ def load_dataset(
     seed: int = 0,                       # of the split of the digits, and of templates; other sets have a fixed split
 ) -> ImageData:
     "A data set in memory. Raises `FileNotFoundError`, with what to do, where it is absent and cannot be downloaded."
+    if not isinstance(name, (str, Path)): raise ValueError(f"name={name!r}: expected the name of a data set, or a path")
     if name == "digits": return _digits(seed)
     if made := re.fullmatch(r"templates(?:-(\d*\.?\d+))?", str(name)): return templates(float(made[1] or 0.3), seed)
     folder = Path(data_dir or get_settings().data_dir).expanduser()
     if str(name) in _TORCHVISION: return _load_torchvision(str(name), folder, download)
     for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
         if path.is_dir() or (path.is_file() and path.name.endswith(_archives)): return _load_images(path)
+    close = difflib.get_close_matches(str(name), dataset_names, n=1)
     raise FileNotFoundError(
-        f"no data set {str(name)!r} in {folder.absolute()}: expected one of {', '.join(dataset_names)}, "
-        f"or a folder or archive ({', '.join(_archives)}) of images as train/<class>/ and test/<class>/")
+        f"no data set {str(name)!r} in {folder.absolute()}{f', did you mean {close[0]!r}?' if close else ''}: "
+        f"expected one of {', '.join(dataset_names)}, or a folder or archive ({', '.join(_archives)}) of images as "
+        "train/<class>/ and test/<class>/")
 
 _archives = (".tar.xz", ".tar.gz", ".tgz")
 
@@ -72,6 +77,8 @@ def templates(
     test: int = 2000,     # test images
 ) -> ImageData:           # grey images of 8 x 8 pixels
     "Ten classes, each a random image plus Gaussian noise."
+    check_number("noise", noise, 0, 1e3)
+    for what, count in (("train", train), ("test", test)): check_number(what, count, 10, whole=True)
     generator = seeded(seed, "templates")
     centres = torch.randn(10, 1, 8, 8, generator=generator)
     arrays = {}
@@ -91,6 +98,8 @@ def font_letters(
     "Capitals in the fonts of matplotlib: a small data set that needs no download."
     from matplotlib import get_data_path
     from PIL import ImageFont
+    for what, count in (("size", size), ("per_class", per_class)): check_number(what, count, 1, whole=True)
+    if len(set(letters)) < 2: raise ValueError(f"letters={letters!r}: expected two or more")
     fonts = [ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", 44) for name in _fonts]
     random, arrays = np.random.default_rng(seed), {}
     for split, n in (("train", per_class), ("test", max(1, per_class // 4))):
@@ -120,6 +129,8 @@ def adapt_images(
     shape: tuple[int, int, int],  # channels, height, width wanted
 ) -> ImageData:                   # the same labels
     "Images of another size; their mean where one channel is wanted, three equal channels where grey ones become three."
+    if len(shape) != 3 or shape[0] not in (1, 3, data.image_shape[0]) or min(shape) < 1:
+        raise ValueError(f"shape={shape}: expected 1 or 3 channels, height and width")
     def adapt(images):
         x = images.float()
         if shape[0] == 1: x = x.mean(1, keepdim=True)
@@ -129,18 +140,27 @@ def adapt_images(
 
 # %% ../../nbs/vision/15_sources.ipynb #e9cbb049
 def _folder_files(folder):
-    "The images of a folder: their path's parts, pixels, and nothing else."
+    "The images of a folder: their path's parts, and pixels. Raises `ValueError` for a folder or a dead link among them."
     for file in (*folder.glob("train/*/*"), *folder.glob("test/*/*")):
-        if _is_image(file.parts) and file.is_file(): yield file.parts, _decode(file, file)
+        if not _is_image(file.parts): continue
+        if not file.is_file(): raise ValueError(f"{file}: not a file; expected images as train/<class>/<file>")
+        yield file.parts, _decode(file, file)
 
 def _archive_files(archive):
-    "The images of a tar archive. Raises `ValueError` for a member that is a link or points outside."
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            parts = Path(member.name).parts
-            if member.name.startswith(("/", "\\")) or ".." in parts or not (member.isfile() or member.isdir()):
-                raise ValueError(f"{archive}: refusing {member.name!r}, a link, a device, or a path to outside")
-            if member.isfile() and _is_image(parts): yield parts, _decode(tar.extractfile(member), member.name)
+    "The images of a tar archive. Raises `ValueError` for links, paths to outside, damage, a bomb."
+    room = max(_room, 100 * archive.stat().st_size)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                parts, room = Path(member.name).parts, room - 512 - member.size
+                if member.name.startswith(("/", "\\")) or ".." in parts or not (member.isfile() or member.isdir()):
+                    raise ValueError(f"{archive}: refusing {member.name!r}, a link, a device, or a path to outside")
+                if room < 0: raise ValueError(f"{archive}: refusing {member.name!r}, the archive is too large unpacked")
+                if member.isfile() and _is_image(parts): yield parts, _decode(tar.extractfile(member), member.name)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as e:
+        raise ValueError(f"{archive}: not an archive that can be read ({' '.join(str(e).split())})") from e
+
+_room = 2**30       # bytes that any archive may have unpacked; larger ones a hundred times their own size
 
 def _is_image(parts):
     "Whether a path (its parts) is one of an image: .../train/<class>/<file> or .../test/<class>/<file>, not hidden."
@@ -153,7 +173,8 @@ def _decode(file, name):
     try:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except OSError as e: raise ValueError(f"{name}: not an image that can be read ({e})") from e
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{name}: not an image that can be read ({e})") from e
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 # %% ../../nbs/vision/15_sources.ipynb #1f6d933d
