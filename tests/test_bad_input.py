@@ -252,6 +252,7 @@ for what, call, says in (
     ("riesz_uniformity: exponent 0", lambda: means.riesz_uniformity(M, exponent=0), "exponent is 0: expected a pos"),
     ("unit_rows: a zero row", lambda: means.unit_rows(torch.eye(3) * torch.tensor([0.0, 1, 1])), r"of class \[0\]"),
     ("as_rows: words", lambda: means.as_rows("rows"), "rows is a str"),
+    ("simplex_distance: zeros", lambda: means.simplex_distance(0 * M, M), "all rows are zero"),
     ("gram_distance: sizes", lambda: means.gram_distance(torch.eye(3), torch.eye(4)), r"\(3, 3\), target \(4, 4\)"),
     ("gram_distance: not square", lambda: means.gram_distance(W, W), r"expected \(K, K\) of both"),
     ("gram_distance: NaN", lambda: means.gram_distance(torch.eye(3) * NaN, torch.eye(3)), "gram holds NaN"),
@@ -473,7 +474,7 @@ def huge(path):
 for what, spoil, says in (
     ("no image", lambda p: p.write_text("x"), "0.png: not an image that can be read"),
     ("an empty file", lambda p: p.write_bytes(b""), "0.png: not an image that can be read"),
-    ("half an image", lambda p: p.write_bytes(p.read_bytes()[:50]), "0.png: not an image that can be read"),
+    ("half an image", lambda p: p.write_bytes(p.read_bytes()[:40]), "0.png: not an image that can be read"),
     ("3.6 thousand million pixels", huge, "0.png: not an image that can be read.*decompression bomb"),
     ("another size", lambda p: picture(p, 9), r"different sizes, \(8, 8\) and \(9, 9\)"),
     ("a class without images", lambda p: p.unlink(), r"\['cat'\] are not classes of both splits"),
@@ -567,11 +568,9 @@ def test_the_command_names_the_line_of_settings_ini(text, says, tmp_path, monkey
     assert exit.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module, line", [("reproduce", "--studies alchemy"), ("lab.features_on_disk", "nothing.npz")])
-def test_the_installed_commands_print_no_traceback(module, line):
-    main = {"reproduce": "main", "lab.features_on_disk": "measure_command"}[module]
-    code = f"from nc_nbdev.{module} import {main} as main; main()"
-    run = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True)
+def test_the_installed_command_prints_no_traceback():
+    code = [sys.executable, "-c", "from nc_nbdev.reproduce import main; main()", "--studies", "alchemy"]
+    run = subprocess.run(code, capture_output=True, text=True)
     assert run.returncode == 2 and "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
 
 
