@@ -164,7 +164,7 @@ def test_fully_random_labels_are_independent_and_uniform(digits):
     agree = int((noisy.train_labels == digits.train_labels).sum())
     assert abs(agree - N / K) < 5 * (N * 0.1 * 0.9) ** 0.5
     assert (noisy.train_labels.bincount() - N / K).abs().max() < 5 * (N * 0.1 * 0.9) ** 0.5
-    with pytest.raises(ValueError, match="fraction=1.5: expected a number between 0 and 1"): digits.with_label_noise(1.5)
+    with pytest.raises(ValueError, match="fraction=1.5: expected a number"): digits.with_label_noise(1.5)
 
 
 def test_noise_and_coarse_classes_commute_where_they_should(digits):

@@ -140,7 +140,7 @@ def adapt_images(
 
 # %% ../../nbs/vision/15_sources.ipynb #e9cbb049
 def _folder_files(folder):
-    "The images of a folder: their path's parts, and pixels. Raises `ValueError` for a folder or a dead link among them."
+    "The images of a folder: their path's parts, and pixels. Raises `ValueError` for what is no file."
     for file in (*folder.glob("train/*/*"), *folder.glob("test/*/*")):
         if not _is_image(file.parts): continue
         if not file.is_file(): raise ValueError(f"{file}: not a file; expected images as train/<class>/<file>")
