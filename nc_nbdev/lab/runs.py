@@ -38,7 +38,7 @@ FORMAT = 3     # of a run's folder
 def recipe_id(
     recipe,   # a frozen dataclass; class attributes `kind` (default its name) and `version` (default 1)
 ) -> str:     # kind-0123456789abcdef, equal for equal recipes on every machine
-    "The name of a run: its kind and a hash of the fields that differ from their defaults. `ValueError` for no recipe."
+    "The name of a run: its kind and a hash of the fields not at their default. Raises `ValueError` for no recipe."
     kind = type(recipe)
     if not is_dataclass(kind): raise ValueError(f"{recipe!r}: expected a recipe, an instance of a dataclass")
     text = json.dumps([getattr(kind, "version", 1), _changed(recipe)], sort_keys=True)

@@ -76,7 +76,7 @@ def templates(
     train: int = 4000,    # train images of all ten classes together
     test: int = 2000,     # test images
 ) -> ImageData:           # grey images of 8 x 8 pixels
-    "Ten classes, each a random image plus Gaussian noise."
+    "Ten classes, each a random image plus Gaussian noise. Raises `ValueError` for negative noise, or no images."
     check_number("noise", noise, 0, 1e3)
     for what, count in (("train", train), ("test", test)): check_number(what, count, 10, whole=True)
     generator = seeded(seed, "templates")
@@ -95,7 +95,7 @@ def font_letters(
     letters: str = "ABCDEFGHIJ",   # the classes
     seed: int = 0,                 # of shifts, angles and sizes
 ) -> ImageData:                    # grey images
-    "Capitals in the fonts of matplotlib: a small data set that needs no download."
+    "Capitals in the fonts of matplotlib, which need no download. Raises `ValueError` for fewer than two letters."
     from matplotlib import get_data_path
     from PIL import ImageFont
     for what, count in (("size", size), ("per_class", per_class)): check_number(what, count, 1, whole=True)
@@ -128,7 +128,7 @@ def adapt_images(
     data: ImageData,              # images of any size
     shape: tuple[int, int, int],  # channels, height, width wanted
 ) -> ImageData:                   # the same labels
-    "Images of another size; their mean where one channel is wanted, three equal channels where grey ones become three."
+    "Images of another size; one channel is the mean, grey ones become three. Raises `ValueError` for another shape."
     if len(shape) != 3 or shape[0] not in (1, 3, data.image_shape[0]) or min(shape) < 1:
         raise ValueError(f"shape={shape}: expected 1 or 3 channels, height and width")
     def adapt(images):
