@@ -2,7 +2,9 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("long", max_examples=1000, deadline=None)   # for pytest --hypothesis-profile=long
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 

@@ -77,6 +77,12 @@ class ClassStatistics:
         new._features, new._cache = list(self._features), {}
         return new
 
+    def __getstate__(self):
+        "What is copied, pickled and saved: the scatter, and no features."
+        new = self._copy()
+        new._keep_scatter()
+        return {**vars(new), "_cache": {}}
+
 # %% ../../nbs/geometry/10_statistics.ipynb #658cd4d3
 def _check_sizes(num_classes, dim, within):
     "K, D and the kind of scatter, or a ValueError."
