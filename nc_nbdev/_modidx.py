@@ -140,6 +140,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'nc_nbdev/geometry/statistics.py'),
                                               'nc_nbdev.geometry.statistics.ClassStatistics.__add__': ( 'geometry/statistics.html#classstatistics.__add__',
                                                                                                         'nc_nbdev/geometry/statistics.py'),
+                                              'nc_nbdev.geometry.statistics.ClassStatistics.__getstate__': ( 'geometry/statistics.html#classstatistics.__getstate__',
+                                                                                                             'nc_nbdev/geometry/statistics.py'),
                                               'nc_nbdev.geometry.statistics.ClassStatistics.__init__': ( 'geometry/statistics.html#classstatistics.__init__',
                                                                                                          'nc_nbdev/geometry/statistics.py'),
                                               'nc_nbdev.geometry.statistics.ClassStatistics.__radd__': ( 'geometry/statistics.html#classstatistics.__radd__',
