@@ -1,21 +1,20 @@
 """What class statistics and the measures cost: seconds, extra memory, and the ratios that matter.
 
-    python benchmarks/statistics.py            both sizes, a few minutes on two cores
-    python benchmarks/statistics.py --scale 0.1   a tenth of the samples
+    python benchmarks/statistics.py               both sizes with one thread and with two, minutes
+    python benchmarks/statistics.py --curves      also over N, D and K, into results/benchmarks/statistics.csv
 
-Everything compared is run in turn, round after round in one process, so that a busy machine slows all of it alike; the
-median of the rounds is printed, of the seconds by the clock and of those spent computing, which other programs disturb
-less (they count each thread). OMP_NUM_THREADS sets the number of threads. Memory is the high-water mark of resident
-memory in a process of its own (Linux only).
+Everything compared is run in turn, round after round in one process, so that a busy machine slows all of it alike. The
+smallest of the rounds is printed, and ratios are of these. Memory is the high-water mark of resident memory in a
+process of its own (Linux only).
 
-"every measure" is `measure_features`, from features in memory to all numbers, NC4 included; "of a stream" is what
-`measure_collapse` adds to statistics that were read on the way ("stream full"), NC4 not included.
+"every measure" is `measure_features`, from features in memory to all numbers; "its measures" only those that the
+library has; "of a stream" is what `measure_collapse` adds to statistics that were read on the way ("stream full").
 
 Compared with
-  bare         X^T X over the same float32 batches, and nothing else: what a full covariance cannot do without
-  two-pass     the plain way, as accumulator libraries go: a pass for the means, a pass for the covariance, one-hot
-               products for class sums, D x D pseudo-inverses, tiled differences for CDNV, |x|^2 + |m|^2 - 2 x m for the
-               nearest centre; in float32, and in float64, which is what it takes to be as accurate as ours
+  bare     X^T X over the same float32 batches, and nothing else: what a full covariance cannot do without
+  library  the formulas of github.com/rhubarbwu/neural-collapse in float32: a pass for the means, a pass for covariance,
+           variances and decisions, one-hot products for sums, a pseudo-inverse, tiled differences for CDNV. Where the
+           package `neural_collapse` is installed, it is run, too.
 """
 
 # ruff: noqa: E402
@@ -24,17 +23,22 @@ import sys
 if __name__ == "__main__": sys.path.pop(0)  # this folder, or `import statistics` anywhere below would find this file
 
 import argparse
+import csv
 import ctypes
 import gc
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from nc_nbdev.geometry.duality import nc3_cosine, nc3_etf
+from nc_nbdev.geometry.means import nc2_etf
 from nc_nbdev.geometry.measures import measure_collapse, measure_features
+from nc_nbdev.geometry.nearest_centre import nc4_disagreement
 from nc_nbdev.geometry.statistics import ClassStatistics
+from nc_nbdev.geometry.variability import cdnv, nc1_pinv, nc1_trace
 
 SIZES = {"small": (50_000, 512, 10), "large": (50_000, 2048, 1000)}
 BATCH = 256
@@ -73,66 +77,71 @@ def ours(H, y, W, b): return measure_features(H, y, num_classes=len(W), head=(W,
 def measures_of(stats, W, b): return measure_collapse(stats._copy(), (W, b)).to_dict()  # a copy remembers no results
 
 
-def one_hot(c, K, dtype): return (c[None] == torch.arange(K)[:, None]).to(dtype)  # (K, B)
+def its_measures(H, y, W, b):
+    "Ours, of what the library has."
+    s = ClassStatistics.from_features(H, y, num_classes=len(W))
+    return {"nc1_trace": nc1_trace(s, "sample"), "nc1_pinv": nc1_pinv(s, "sample"), "cdnv": cdnv(s),
+            "nc2_etf": nc2_etf(s), "nc3_etf": nc3_etf(W, s), "nc3_cosine": nc3_cosine(W, s),
+            "nc4_disagreement": nc4_disagreement(H, W, b, s.means)}
 
 
-def two_pass(H, y, W, b, dtype):
-    "The plain way, every measure, all of it in one dtype."
+def library(H, y, W, b, dtype=torch.float32):
+    "The library's formulas, written for this comparison."
     K, D, N = len(W), H.shape[1], len(H)
     W, b, n, sums = W.to(dtype), b.to(dtype), torch.zeros(K, dtype=dtype), torch.zeros(K, D, dtype=dtype)
+    def hot(c): return (c[:, None] == torch.arange(K)).T.to(dtype)  # (K, B)
+    for h, c in batches(H, y): part = hot(c); n += part.sum(1); sums += part @ h.to(dtype)
+    mu = sums / n[:, None]; M = mu - mu.mean(0)
+    total, v, same = torch.zeros(D, D, dtype=dtype), torch.zeros(K, dtype=dtype), 0
     for h, c in batches(H, y):
-        hot = one_hot(c, K, dtype); n += hot.sum(1); sums += hot @ h.to(dtype)
-    mu = sums / n[:, None]; mu_G = mu.mean(0); M = mu - mu_G
-    Sigma_W, v, disagree, right = torch.zeros(D, D, dtype=dtype), torch.zeros(K, dtype=dtype), 0, 0
+        h = h.to(dtype); d = h - mu[c]
+        total += d.T @ d; v += (hot(c) @ d.square()).sum(1)
+        near = (h.norm(dim=1)[:, None] ** 2 + mu.norm(dim=1) ** 2 - 2 * h @ mu.T).argmin(1)
+        same += ((h @ W.T + b).argmax(1) == near).sum().item()
+    Sigma_W, Sigma_B, v = total / N, M.T @ M / K, v / n
+    pinv = torch.linalg.pinv(Sigma_B, rtol=1e-5 if dtype == torch.float32 else 1e-12)  # or it inverts rounding
+    pairs = torch.zeros(K, K, dtype=dtype)
+    for i in range(0, K, 64):
+        for j in range(0, K, 64):
+            d2 = (mu[i : i + 64, None] - mu[None, j : j + 64]).square().sum(-1)
+            pairs[i : i + 64, j : j + 64] = (v[i : i + 64, None] + v[j : j + 64]) / (2 * d2)
+    etf = (torch.eye(K, dtype=dtype) - 1 / K) / (K - 1) ** 0.5
+    gram, cross = M @ M.T, W @ M.T
+    values = {"nc1_trace": Sigma_W.trace() / Sigma_B.trace(), "nc1_pinv": (pinv @ Sigma_W).trace() / K,
+              "cdnv": pairs.triu(1).sum() / (K * (K - 1) / 2), "nc2_etf": (gram / gram.norm() - etf).norm(),
+              "nc3_etf": (cross / cross.norm() - etf).norm(),
+              "nc3_cosine": torch.cosine_similarity(W, M).mean(), "nc4_disagreement": 1 - same / N}
+    return {k: float(x) for k, x in values.items()}
+
+
+def library_itself(H, y, W, b):
+    "The package, where it is installed."
+    from neural_collapse import accumulate as acc
+    from neural_collapse import measure as nc
+    K, D = W.shape
+    means = acc.MeanAccumulator(K, D, "cpu")
+    for h, c in batches(H, y): means.accumulate(h, c)
+    M, m_G = means.compute()
+    parts = [acc.CovarAccumulator(K, D, "cpu", M=M), acc.VarNormAccumulator(K, D, "cpu", M=M)]
+    decisions = acc.DecAccumulator(K, D, "cpu", M=M, W=W)
     for h, c in batches(H, y):
-        h = h.to(dtype); d = h - mu[c]; hot = one_hot(c, K, dtype)
-        Sigma_W += (d / n[c, None]).T @ d / K; v += hot @ d.square().sum(1)
-        near = (h.square().sum(1, keepdim=True) + mu.square().sum(1) - 2 * h @ mu.T).argmin(1)
-        disagree += ((h @ W.T + b).argmax(1) != near).sum().item(); right += (near == c).sum().item()
-    Sigma_B, v = M.T @ M / K, v / n
-    # Rank-aware cut-offs, or float32 would invert rounding errors. Without them the time is the same.
-    cut = 1e-5 if dtype == torch.float32 else 1e-12
-    values = {"nc1_trace": Sigma_W.trace() / Sigma_B.trace(),
-              "nc1_pinv": (Sigma_W @ torch.linalg.pinv(Sigma_B, rtol=cut)).trace() / K,
-              "vci": 1 - (torch.linalg.pinv(Sigma_W + Sigma_B, rtol=cut) @ Sigma_B).trace() / min(K - 1, D),
-              "cdnv": two_pass_cdnv(mu, v), "nc4_disagreement": disagree / N, "ncc_accuracy": right / N}
-    return {k: float(x) for k, x in (values | two_pass_geometry(M, mu_G, W, b)).items()}
-
-
-def two_pass_cdnv(mu, v, tile=32):
-    "Differences of all pairs of means, tile by tile."
-    total, K = 0.0, len(mu)
-    for i in range(0, K, tile):
-        for j in range(0, K, tile):
-            d2 = (mu[i : i + tile, None] - mu[None, j : j + tile]).square().sum(-1)
-            ratio = (v[i : i + tile, None] + v[None, j : j + tile]) / (2 * d2)
-            if i == j: ratio.fill_diagonal_(0)
-            total += ratio.sum().item()
-    return total / (K * (K - 1))
-
-
-def two_pass_geometry(M, mu_G, W, b):
-    "NC2 and NC3."
-    K = len(M)
-    etf = (torch.eye(K, dtype=M.dtype) - 1 / K) / (K - 1) ** 0.5
-    unit = M / M.norm(dim=1, keepdim=True)
-    cos = (unit @ unit.T)[~torch.eye(K, dtype=torch.bool)]
-    gram, cross, norms = M @ M.T, W @ M.T, M.norm(dim=1)
-    return {"nc2_norms": norms.std(correction=0) / norms.mean(), "nc2_angles": cos.std(correction=0),
-            "nc2_max_angle": (cos + 1 / (K - 1)).abs().mean(), "nc2_etf": (gram / gram.norm() - etf).norm(),
-            "nc3_duality": (W / W.norm() - M / M.norm()).norm(), "nc3_etf": (cross / cross.norm() - etf).norm(),
-            "nc3_cosine": torch.cosine_similarity(W, M).mean(), "nc3_bias": (W @ mu_G + b).norm()}
+        for part in parts: part.accumulate(h, c, M)
+        decisions.accumulate(h, c, W, M)
+    return {"nc1_pinv": nc.covariance_ratio(parts[0].compute(), M, m_G),
+            "cdnv": nc.variability_cdnv(parts[1].compute()[0], M, tile_size=64),
+            "nc2_etf": nc.simplex_etf_error(M, m_G), "nc3_etf": nc.self_duality_error(W, M, m_G),
+            "nc4_disagreement": 1 - nc.clf_ncc_agreement(decisions)}
 
 
 def seconds(jobs, rounds):
-    "Median seconds of each job, by the clock and computing, and its last result; the jobs take turns."
+    "Least seconds of each job, and its last result; the jobs take turns."
     times, results = {name: [] for name in jobs}, {}
     for _ in range(rounds):
         for name, job in jobs.items():
-            start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             results[name] = job()
-            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    return {name: np.median(t, 0) for name, t in times.items()}, results
+            times[name].append(time.perf_counter() - start)
+    return {name: min(t) for name, t in times.items()}, results
 
 
 def high_water():
@@ -149,7 +158,7 @@ def measure_memory(N, D, K, what):
     H, y, W, b = make_data(N, D, K)
     jobs = {"bare": lambda H, y: bare(H, y), "stream trace": lambda H, y: stream(H, y, K, "trace"),
             "stream full": lambda H, y: stream(H, y, K, "full"), "every measure": lambda H, y: ours(H, y, W, b),
-            "two-pass f64": lambda H, y: two_pass(H, y, W, b, torch.float64)}
+            "library": lambda H, y: library(H, y, W, b)}
     # threads, their buffers and the library's code, loaded when first used, are not counted
     if what == "every measure": measure_features(torch.randn(1000, 64), torch.arange(1000) % 4, num_classes=4)
     for dtype in torch.float32, torch.float64:
@@ -176,35 +185,42 @@ def line(name, value, note=""): print(f"  {name:34s} {value:>12s}   {note}", flu
 
 
 def ratio(name, over, under, bar):
-    met = "met" if over[0] <= bar * under[0] else "MISSED"
-    line(name, f"{over[0] / under[0]:.2f}", f"computing {over[1] / under[1]:.2f}; bar {bar:.2f}: {met}")
+    line(name, f"{over / under:.2f}", f"bar {bar:.2f}: {'met' if over <= bar * under else 'MISSED'}")
 
 
-def run(size, scale, rounds):
-    "One table."
-    N, D, K = SIZES[size]; N = int(N * scale)
-    print(f"\nN = {N:,}, D = {D}, K = {K}, float32 features, batches of {BATCH}, "
-          f"{torch.get_num_threads()} threads, median of {rounds}")
+def jobs_of(N, D, K):
+    "What is timed, by name."
     H, y, W, b = make_data(N, D, K)
     streamed = ClassStatistics(K, D, within="full", class_counts=y.bincount())
     for h, c in batches(H, y): streamed.update(h, c)
-    time_of, result = seconds({
-        "bare": lambda: bare(H, y), "stream full": lambda: stream(H, y, K, "full"),
-        "stream trace": lambda: stream(H, y, K, "trace"), "every measure": lambda: ours(H, y, W, b),
-        "of a stream": lambda: measures_of(streamed, W, b),
-        "two-pass f32": lambda: two_pass(H, y, W, b, torch.float32),
-        "two-pass f64": lambda: two_pass(H, y, W, b, torch.float64)}, rounds)
-    for name, (clock, computing) in time_of.items(): line(name, f"{clock:.3f} s", f"computing {computing:.3f} s")
-    ratio("stream full / bare", time_of["stream full"], time_of["bare"], 1.5)
-    bar = {"small": 1 / 4, "large": 1 / 5}[size]
-    for what in "every measure", "of a stream":
-        for dtype in "f32", "f64": ratio(f"{what} / two-pass {dtype}", time_of[what], time_of[f"two-pass {dtype}"], bar)
-    for dtype in "f32", "f64":
-        worst = max((abs(result["every measure"][k] - v) / max(abs(v), 1e-12), k)
-                    for k, v in result[f"two-pass {dtype}"].items() if k != "nc3_bias")
-        line(f"largest difference, two-pass {dtype}", f"{worst[0]:.1e}", f"relative, {worst[1]}")
+    jobs = {"bare": lambda: bare(H, y), "stream full": lambda: stream(H, y, K, "full"),
+            "trace": lambda: nc1_trace(ClassStatistics.from_features(H, y, K, within="trace")),
+            "its measures": lambda: its_measures(H, y, W, b), "every measure": lambda: ours(H, y, W, b),
+            "of a stream": lambda: measures_of(streamed, W, b), "library": lambda: library(H, y, W, b)}
+    if find_spec("neural_collapse"): jobs["library itself"] = lambda: library_itself(H, y, W, b)
+    return jobs, lambda: (ours(H.double(), y, W, b), library(H, y, W, b, torch.float64))
+
+
+def run(size, scale, rounds, threads):
+    "One table for each number of threads."
+    N, D, K = SIZES[size]; N = int(N * scale)
+    jobs, exact = jobs_of(N, D, K)
+    for count in threads:
+        torch.set_num_threads(count)
+        print(f"\nN = {N:,}, D = {D}, K = {K}, float32, batches of {BATCH}, {count} threads, least of {rounds}")
+        time_of, result = seconds(jobs, rounds)
+        for name, clock in time_of.items(): line(name, f"{clock:.3f} s")
+        ratio("stream full / bare", time_of["stream full"], time_of["bare"], 1.5)
+        for name in [name for name in time_of if name.startswith("library")]:
+            ratio(f"every measure / {name}", time_of["every measure"], time_of[name], 0.8 if size == "small" else 0.25)
+            ratio(f"its measures / {name}", time_of["its measures"], time_of[name], 0.4)
+        if size == "small": ratio("trace, of 0.05 s", time_of["trace"], 0.05, 1.0)
+    every, its = exact()
+    for name, expected in (("every measure", every), ("its measures", its), ("library", its)):
+        worst = max((abs(result[name][k] - v) / max(abs(v), 1e-12), k) for k, v in expected.items() if v is not None)
+        line(f"largest difference, {name}", f"{worst[0]:.1e}", f"from float64, relative, {worst[1]}")
     allowed = 8 * (2 * D * D + 6 * K * D) + 4 * BATCH * D
-    for what in "bare", "stream trace", "stream full", "every measure", "two-pass f64":
+    for what in "bare", "stream trace", "stream full", "every measure", "library":
         used = memory(size, scale, what)
         if used < 0: line(f"extra memory, {what}", "unknown"); continue
         met = "met" if used <= allowed else "MISSED"
@@ -212,11 +228,30 @@ def run(size, scale, rounds):
         line(f"extra memory, {what}", f"{used / 2**20:.1f} MiB", note if what == "stream full" else "")
 
 
+CURVES = {"N": [(n, 512, 10) for n in (2000, 10_000, 50_000)], "D": [(20_000, d, 10) for d in (64, 256, 1024)],
+          "K": [(20_000, 512, k) for k in (10, 100, 400)]}
+
+
+def curves(file, rounds=3):
+    "Seconds over N, D and K, one thread, into a table."
+    torch.set_num_threads(1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(("over", "N", "D", "K", "what", "seconds"))
+        for over, sizes in CURVES.items():
+            for N, D, K in sizes:
+                for what, clock in seconds(jobs_of(N, D, K)[0], rounds)[0].items():
+                    table.writerow((over, N, D, K, what, f"{clock:.5f}"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, help="one size only")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the samples")
     parser.add_argument("--rounds", type=int, default=None, help="default: 5 for the small size, 3 for the large")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
+    parser.add_argument("--curves", action="store_true", help="also over N, D and K")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
@@ -224,7 +259,8 @@ def main():
         measure_memory(int(N * args.scale), D, K, args.memory)
         return
     for size in [args.size] if args.size else SIZES:
-        run(size, args.scale, args.rounds or {"small": 5, "large": 3}[size])
+        run(size, args.scale, args.rounds or {"small": 5, "large": 3}[size], args.threads)
+    if args.curves: curves(Path(__file__).parents[1] / "results/benchmarks/statistics.csv")
 
 
 if __name__ == "__main__": main()

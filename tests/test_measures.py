@@ -282,3 +282,16 @@ def test_the_global_mean_is_a_named_convention_of_duality(name):
     by_hand = measure(W, stats.means - stats.global_mean("sample"), centred=False)
     assert measure(W, stats, weighting="sample") == pytest.approx(by_hand)
     assert measure(W, stats) != pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("K", [70, 300])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_decisions_among_many_classes(K, offset):
+    "Where processors multiply bfloat16, a coarse product comes first: classes in close pairs are what it cannot tell."
+    torch.manual_seed(0)
+    mu = torch.randn(K, 96, dtype=torch.float64)
+    mu[1::2] = mu[::2] + 1e-3 * torch.randn(K // 2, 96)
+    H = (offset + mu[torch.randint(K, (800,))] + 1e-3 * torch.randn(800, 96)).float()
+    expected = (H.double()[:, None] - mu - offset).square().sum(2).argmin(1)
+    assert nearest_centre.nearest_centre(H, mu + offset).equal(expected)
+    assert nearest_centre.classifier_decision(H, mu, None).equal((H.double() @ mu.T).argmax(1))

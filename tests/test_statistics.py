@@ -527,3 +527,69 @@ def test_classes_taken(kind):
 @pytest.mark.parametrize("classes", [[0, 0], [0, 3], [0.0, 1.0]])
 def test_classes_that_cannot_be_taken(classes):
     with pytest.raises(ValueError, match="each once"): ClassStatistics(3, 2).take(torch.tensor(classes))
+
+
+# ---- long features, read in float32
+
+def long_features(K, D, N, *, seed=0, spread=1.0, offset=0.0, decay=0.0, dtype=torch.float32):
+    "Features (N, D) of K classes of unequal size, whose spread falls by `decay` decades over directions; all classes."
+    g = torch.Generator().manual_seed(seed)
+    y = torch.cat([torch.arange(K), torch.randint(K, (2, N - K), generator=g).amin(0)])
+    noise = torch.randn(N, D, generator=g, dtype=torch.float64) * torch.logspace(0, -decay, D, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64))[0]
+    return (torch.randn(K, D, generator=g, dtype=torch.float64)[y] + spread * noise @ turn + offset).to(dtype), y
+
+
+@pytest.mark.parametrize("K, D, N", [(10, 256, 1500), (90, 300, 2500), (3, 700, 900), (400, 256, 1200)])
+@pytest.mark.parametrize("spread, offset, decay", [(1, 0, 0), (1e-4, 1, 0), (1, 100, 1), (0.1, 0, 6)])
+def test_long_float32_features_are_measured_as_in_float64(K, D, N, spread, offset, decay):
+    H, y = long_features(K, D, N, spread=spread, offset=offset, decay=decay)
+    for weighting in WEIGHTINGS:
+        exact, stats = (ClassStatistics.from_features(X, y, num_classes=K) for X in (H.double(), H))
+        close(stats.means - exact.means, 0, 0, 1e-6 * spread)
+        close(stats.class_scatter, exact.class_scatter, 1e-6)
+        for measure in (nc1_trace, cdnv, nc1_pinv, vci):
+            expected = value(measure, exact, weighting)
+            assert abs(value(measure, stats, weighting) - expected) <= 5e-6 * expected + 1e-12, measure.__name__
+        again = ClassStatistics.from_features(H, y, num_classes=K)
+        vci(again, weighting)  # leaves its covariance to nc1_pinv
+        close(nc1_pinv(again, weighting), nc1_pinv(exact, weighting), 5e-6)
+        close(again.within_covariance(weighting), exact.within_covariance(weighting), 1e-5)
+
+
+def test_an_outlier_as_the_first_sample_and_numbers_beyond_squares_in_float32():
+    H, y = long_features(4, 256, 600)
+    first = H.clone()
+    first[:4] *= 1e5
+    for X in (first, H * 1e-25, H * 1e25, torch.where(y[:, None] == 2, H[2], H), H.bfloat16()):
+        stats, exact = (ClassStatistics.from_features(h, y, num_classes=4) for h in (X, X.double()))
+        close(stats.means, exact.means, 1e-7)
+        close(stats.class_scatter, exact.class_scatter, 1e-6)
+        close(vci(stats), vci(exact), 1e-5)
+
+
+def test_an_exact_simplex_of_long_features_gives_zero():
+    points = (simplex_etf(5, 300, seed=1) + 7).float()
+    stats = ClassStatistics.from_features(points[torch.arange(60) % 5], torch.arange(60) % 5, num_classes=5)
+    assert all(0 <= measure(stats) < 1e-12 for measure in MEASURES)
+
+
+def test_a_class_without_samples_among_long_features():
+    H, y = long_features(4, 256, 300)
+    stats = ClassStatistics.from_features(H, y + (y > 1), num_classes=5)
+    assert stats.counts[2] == 0 and not stats.means[2].any()
+    with pytest.raises(ValueError, match="no samples"): nc1_trace(stats)
+
+
+def test_reduced_precision_is_not_used_for_long_features():
+    H, y = long_features(4, 256, 600, spread=1e-3)
+    expected = [measure(ClassStatistics.from_features(H.double(), y, num_classes=4)) for measure in MEASURES]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = [measure(ClassStatistics.from_features(H, y, num_classes=4)) for measure in MEASURES]
+    finally: torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = [measure(ClassStatistics.from_features(H, y, num_classes=4)) for measure in MEASURES]
+    close(found, expected, 1e-5)
+    close(cast, expected, 1e-5)

@@ -24,7 +24,7 @@ from nc_nbdev.geometry.means import (
     one_vs_rest_margin,
 )
 from .nearest_centre import both_decisions, nearest_centre
-from .statistics import ClassStatistics, as_tensor, check_statistics
+from .statistics import ClassStatistics, _coarse, as_tensor, check_statistics
 from .variability import cdnv, nc1_pinv, nc1_trace, vci
 
 # %% ../../nbs/geometry/70_measures.ipynb #b799b400
@@ -94,7 +94,7 @@ def measure_collapse(
 def _parts(stats, head, weighting):
     "Measure -> function of no argument that computes it, or raises ValueError."
     M = stats.centred_means(weighting)  # refuses empty classes and unknown weightings
-    # vci before nc1_pinv, which then finds Sigma_W computed
+    # vci before nc1_pinv, which then finds the covariance computed
     parts = {f.__name__: partial(f, stats, weighting) for f in (nc1_trace, vci, nc1_pinv)}
     parts |= {f.__name__: partial(f, M, centred=False) for f in (nc2_norms, nc2_angles, nc2_max_angle, nc2_etf)}
     def margin():
@@ -138,13 +138,18 @@ def measure_features(
     weighting: str = "class",  # of mu_G and Sigma_W: classes count equally ("class") or by their samples ("sample")
 ) -> CollapseMeasures:
     "All measures of features in memory. Raises ValueError on wrong shapes, labels, an empty class, NaN."
-    stats = ClassStatistics.from_features(H, y, num_classes=num_classes, weighting=weighting)
+    stats = ClassStatistics.from_features(H, y, num_classes=num_classes, weighting=_one_pass(H, weighting))
     means = stats.means if reference is None else _reference_means(reference, stats)
     measures = measure_collapse(stats, head, weighting=weighting)
     decision, near = (None, nearest_centre(H, means)) if head is None else both_decisions(H, *head, means)
     found = {"ncc_accuracy": (near == as_tensor(y, "y (labels)").to(near)).double().mean().item()}
     if head is not None: found["nc4_disagreement"] = (decision != near).double().mean().item()
     return replace(measures, **found, reasons={k: why for k, why in measures.reasons.items() if k not in found})
+
+# %% ../../nbs/geometry/70_measures.ipynb #b3322acc
+def _one_pass(H, weighting):
+    "The weighting, if its covariance is best read in the first pass; None for features that are read in float32."
+    return None if isinstance(H, Tensor) and H.ndim == 2 and _coarse(H) else weighting
 
 # %% ../../nbs/geometry/70_measures.ipynb #73e90298
 def _reference_means(reference, stats):

@@ -24,39 +24,52 @@ from .statistics import as_tensor
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #d48086d6
 def _largest(
     x: Tensor,  # (B, D)
-    rows: Tensor,  # (K, D), of x's dtype, as is t
+    rows: Tensor,  # (K, D), of x's dtype
     t: Tensor,  # (K,)
+    norm: Tensor,  # the largest |rows_c|
 ) -> tuple[Tensor, Tensor]:  # (B,) int64 and (B,) bool
     "argmax_c of rows_c x + t_c, and which of these answers rounding may have decided."
-    info = torch.finfo(x.dtype)
-    with torch.autocast(x.device.type, enabled=False): score = torch.addmm(t, x, rows.T)  # (B, K)
+    info, sizes = torch.finfo(t.dtype), torch.linalg.vector_norm(x, dim=1, dtype=t.dtype)  # (B,)
+    with torch.autocast(x.device.type, enabled=False):  # (B, K)
+        score = torch.addmm(t, x, rows.T) if x.dtype == t.dtype else (x @ rows.T).to(t.dtype) + t
     top, best = score.max(1)
-    scale = rows.norm(dim=1).max() * x.norm(dim=1) + t.abs().max()  # (B,) no score, and no term of it, is larger
-    error = (x.shape[1] + 4) * (info.eps * scale + info.tiny)  # of one score
-    sure = (score < (top - 2 * error)[:, None]).sum(1) == len(rows) - 1
-    return best, ~sure
+    second = score.scatter_(1, best[:, None], -torch.inf).amax(1)
+    scale = norm * sizes + t.abs().max()  # (B,) no score, and no term of it, is larger
+    error = (x.shape[1] + 4) * (info.eps * scale + info.tiny) + (scale / 128 if x.dtype != t.dtype else 0)
+    return best, ~(second < top - 2 * error)
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #f75f4be2
 def _rule(
     rows: Tensor,  # (K, D) float64
     t: Tensor,  # (K,) float64
-    centre: Tensor,  # (D,) float64, subtracted from the features
+    centre: Tensor | None,  # (D,) float64, subtracted from the features
     settle: Callable[[Tensor], Tensor],  # (B, D) -> (B,): the decision where both precisions are too coarse
 ) -> Callable[[Tensor], Tensor]:  # (B, D) -> (B,) int64
     "argmax_c of rows_c (h - centre) + t_c, in the first precision that tells."
-    def decide(h, steps):
-        if not steps: return settle(h)
-        best, unsure = _largest((h - centre).to(steps[0][0].dtype), *steps[0])  # the difference is float64
-        if unsure.any(): best[unsure] = decide(h[unsure], steps[1:])
+    steps = [(dtype, rows.to(dtype), t.to(torch.promote_types(dtype, torch.float32))) for dtype in _precisions(rows)]
+    steps = [(*step, torch.linalg.vector_norm(step[1], dim=1, dtype=step[2].dtype).max()) for step in steps]
+    near = None if centre is None else centre.float()
+    def decide(h, level=0):
+        if level == len(steps): return settle(h)
+        dtype, *step = steps[level]
+        if centre is not None: h_ = h.double() - centre if dtype == torch.float64 else h - near
+        best, unsure = _largest((h if centre is None else h_).to(dtype), *step)
+        if unsure.any(): best[unsure] = decide(h[unsure], level + 1)
         return best
-    # float32 only where PyTorch does not round its products to TF32 or bfloat16
-    coarse = [(rows.float(), t.float())] if torch.get_float32_matmul_precision() == "highest" else []
-    return lambda h: decide(h, [*coarse, (rows, t)])
+    return decide
+
+def _precisions(rows: Tensor) -> list[torch.dtype]:
+    "Of products with rows (K, D), coarse ones first, where they save time."
+    if torch.get_float32_matmul_precision() != "highest": return [torch.float64]  # PyTorch rounds float32 products
+    fast = rows.device.type == "cpu" and len(rows) > 64 and (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    return [torch.bfloat16] * fast + [torch.float32, torch.float64]
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #0029a470
 def _nearest_rule(means: Tensor) -> Callable[[Tensor], Tensor]:  # of (K, D) float64
     "argmin_c |h - mu_c|, as a rule."
-    centre = means.mean(0)
+    centre = means.mean(0).float().double()
+    if not centre.isfinite().all(): centre = means.mean(0)  # beyond float32
     M = means - centre  # (K, D)
     def by_differences(h): return torch.cdist(h.double(), means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
     return _rule(M, -M.square().sum(1) / 2, centre, by_differences)
@@ -91,7 +104,7 @@ def _answers(
 ) -> list[Tensor]:  # (N,) for each rule
     "The answers of each rule, in one pass over the features. Raises ValueError on a wrong shape or NaN."
     H, answers, size = as_features(H, rows.shape[1]), [], sum(rows.shape)  # size of a feature and its scores
-    B = max(1, 2**17 // size, min(128, 2**22 // size))  # 1 MB, or 128 rows, but never more than 32 MB
+    B = max(1, 2**18 // size, min(512, 2**22 // size))  # 1 MB, or 512 rows, but never more than 16 MB in float32
     for h in H.split(B):
         if not h.sum().isfinite() and not h.isfinite().all():
             raise ValueError("features hold NaN or infinity: expected finite numbers; did the training diverge?")
@@ -111,7 +124,7 @@ def classifier_decision(
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #968ae4e8
 def _classifier_rule(W: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:  # of (K, D) and (K,), float64
     "argmax_c (W h + b)_c, as a rule."
-    return _rule(W - W.mean(0), b - b.mean(), W.new_zeros(W.shape[1]), lambda h: (h.double() @ W.T + b).argmax(1))
+    return _rule(W - W.mean(0), b - b.mean(), None, lambda h: (h.double() @ W.T + b).argmax(1))
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #314af046
 def both_decisions(

@@ -11,7 +11,7 @@ __all__ = ['nc1_trace', 'nc1_pinv', 'cdnv', 'vci']
 import torch
 from torch import Tensor
 
-from .statistics import ROUNDING, ClassStatistics, check_statistics
+from .statistics import COARSE, ROUNDING, ClassStatistics, check_statistics
 
 # %% ../../nbs/geometry/20_variability.ipynb #b7ad23e1
 def nc1_trace(
@@ -38,11 +38,19 @@ def _between_factors(stats, weighting) -> tuple[Tensor, Tensor]:  # s (r,), V (D
     "Sigma_B = V diag(s^2) V^T with r = rank(Sigma_B)."
     check_statistics(stats)
     _between_trace(stats, weighting)  # refuses means that coincide
-    def factors():
-        _, s, Vt = torch.linalg.svd(stats.centred_means(weighting) / stats.num_classes**0.5, full_matrices=False)
-        r = min(int((s > max(stats.means.shape) * _EPS * s[0]).sum()), stats.num_classes - 1)
-        return s[:r], Vt[:r].T
-    return stats._cached(("between", weighting), factors)
+    return stats._cached(("between", weighting), lambda: _svd(stats.centred_means(weighting) / stats.num_classes**0.5))
+
+def _svd(A: Tensor) -> tuple[Tensor, Tensor]:  # s (r,) descending, V (D, r)
+    "Singular values and right singular vectors of A (K, D), at most K - 1 of them."
+    (K, D), most = A.shape, min(len(A) - 1, A.shape[1])
+    if most > 64:  # the eigenvectors of the smaller product take a fifth of the time
+        values, vectors = torch.linalg.eigh(A @ A.T if K <= D else A.T @ A)
+        values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
+        s = values.clamp(min=0).sqrt()
+        if values[-1] > 1e-6 * values[0]: return s, A.T @ vectors / s if K <= D else vectors
+    _, s, Vt = torch.linalg.svd(A, full_matrices=False)
+    r = min(int((s > max(A.shape) * _EPS * s[0]).sum()), most)
+    return s[:r], Vt[:r].T
 
 # %% ../../nbs/geometry/20_variability.ipynb #1a4fa4e0
 def nc1_pinv(
@@ -65,24 +73,28 @@ def cdnv(
     "Class-distance normalised variance (Galanti et al. 2021, 2112.15121). ValueError on an empty class or equal means."
     check_statistics(stats)
     v, mu, K, total = stats.class_variances(ddof), stats.means, stats.num_classes, 0.0
-    rounding = ROUNDING * mu.norm(dim=1).max()
-    for start in range(0, K, 64):
-        tile = slice(start, start + 64)
-        distance = _distances(mu[tile], mu[start:], start, rounding)  # (T, K - start)
-        ratio = (v[tile, None] + v[start:]) / (2 * distance.square())
-        total += ratio.triu(1).sum().item()  # each pair c < c' once
+    centred, rounding = mu - mu.mean(0), ROUNDING * mu.norm(dim=1).max()
+    rows = max(1, min(256, 2**23 // K))
+    for start in range(0, K, rows):
+        squares = _squared_distances(mu, centred, start, rows, rounding)  # (T, K - start)
+        total += ((v[start : start + rows, None] + v[start:]) / (2 * squares)).sum().item()  # each pair c < c' once
     return total / (K * (K - 1) / 2)
 
 # %% ../../nbs/geometry/20_variability.ipynb #09544610
-def _distances(rows, columns, start, rounding) -> Tensor:  # (T, C); infinite unless the column comes after the row
-    "Distances of class means, or a ValueError naming two classes whose means coincide."
-    distance = torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
-    distance.masked_fill_(torch.ones_like(distance, dtype=torch.bool).tril(), torch.inf)
-    if (distance <= rounding).any():
-        c, other = (distance <= rounding).nonzero()[0].tolist()
-        raise ValueError(f"classes {start + c} and {start + other} have the same mean: cdnv divides by their distance; "
-                         "merge the two classes, or use nc1_trace")
-    return distance
+def _squared_distances(mu, centred, start, rows, rounding) -> Tensor:  # (T, K - start)
+    "Of T means to those that come after, infinite to the others; a ValueError naming two that coincide."
+    one, rest = centred[start : start + rows], centred[start:]
+    sizes = one.square().sum(1)[:, None] + rest.square().sum(1)  # (T, K - start)
+    found = torch.addmm(sizes, one, rest.T, alpha=-2)
+    found.masked_fill_(torch.ones_like(found, dtype=torch.bool).tril(), torch.inf)
+    c, other = (found <= 1e-4 * sizes).nonzero(as_tuple=True)
+    for a, b in zip(c.split(1024), other.split(1024), strict=True):
+        found[a, b] = exact = (mu[start + a] - mu[start + b]).square().sum(1)
+        if (exact <= rounding**2).any():
+            first = int((exact <= rounding**2).nonzero()[0])
+            raise ValueError(f"classes {start + int(a[first])} and {start + int(b[first])} have the same mean: cdnv "
+                             "divides by their distance; merge the two classes, or use nc1_trace")
+    return found
 
 # %% ../../nbs/geometry/20_variability.ipynb #3fd42ce6
 def vci(
@@ -91,10 +103,16 @@ def vci(
 ) -> float:  # 0 at collapse, 1 when classes cannot be told apart linearly
     "Variability collapse index (Xu, Liu 2023, 2306.03440). ValueError without Sigma_W, or if all means coincide."
     s, V = _between_factors(stats, weighting)
+    S = stats._coarse_covariance(weighting)
+    if S is not None and (found := _vci_coarse(S, s, V)) is not None: return found
     Sigma_W = stats.within_covariance(weighting)  # (D, D)
     L = _cholesky(Sigma_W)
-    if L is None: return _vci_singular(Sigma_W, s, V)
-    lambdas = torch.linalg.svdvals(torch.linalg.solve_triangular(L, V * s, upper=False)).square()  # (r,)
+    return _vci_singular(Sigma_W, s, V) if L is None else _vci_regular(L, V * s)
+
+def _vci_regular(L, A) -> float:
+    "vci from the Cholesky factor L (D, D) of Sigma_W, and A (D, r) with A A^T = Sigma_B."
+    X = torch.linalg.solve_triangular(L, A, upper=False)  # (D, r)
+    lambdas = torch.linalg.eigvalsh(X.T @ X) if X.shape[1] > 64 else torch.linalg.svdvals(X).square()  # (r,)
     return (1 / (1 + lambdas)).mean().item()
 
 # %% ../../nbs/geometry/20_variability.ipynb #46003c27
@@ -103,6 +121,18 @@ def _cholesky(Sigma_W) -> Tensor | None:
     L, failed = torch.linalg.cholesky_ex(Sigma_W)
     pivots = L.diagonal().square()
     return None if failed or pivots.min() <= 10 * len(L) * _EPS * pivots.max() else L
+
+# %% ../../nbs/geometry/20_variability.ipynb #8c709abe
+def _vci_coarse(S, s, V) -> float | None:
+    "vci from a float32 covariance S (D, D); None where its error might change it by more than 1e-5 of itself."
+    scale = S.diagonal().rsqrt()[:, None]  # (D, 1)
+    L, failed = torch.linalg.cholesky_ex(S * scale * scale.T)
+    if failed or not L.diagonal().isfinite().all(): return None
+    x = torch.linspace(1, 2, len(S), dtype=S.dtype, device=S.device)[:, None].cos()  # any vector
+    for _ in range(8):
+        x = torch.cholesky_solve(x / x.norm(), L)
+        if not x.norm() <= 1e-5 / COARSE: return None
+    return _vci_regular(L, V * s * scale)
 
 # %% ../../nbs/geometry/20_variability.ipynb #8576b90b
 def _vci_singular(Sigma_W, s, V) -> float:
