@@ -14,6 +14,7 @@ from nc_nbdev.lab.claims import (
     holm,
     load_claims,
     p_value,
+    power,
     prediction_interval,
     save_claims,
     seed_interval,
@@ -114,3 +115,11 @@ def test_claims_are_read_back(tmp_path):
     save_claims(claims, tmp_path / "c.json")
     back = load_claims(tmp_path / "c.json")
     assert back[0] == claims[0] and back[1].primary and math.isnan(back[1].values[0])
+
+
+def test_power_grows_with_seeds_and_with_the_distance_from_the_bar():
+    control, spread = np.array([0, .1, 0, -.1, 0, .1]), np.array([-.3, .1, .2, 0, -.1, .1])
+    made = lambda centre: UP.claim(centre + spread, control)
+    assert power(made(3.0), 5) == 1 and power(made(1.0), 20) < 0.2 and power(made(0.0), 20) == 0
+    assert power(made(1.12), 4) < power(made(1.12), 30)
+    assert power(UP.claim([NAN], [NAN]), 20) == 0

@@ -76,6 +76,7 @@ def test_weak_variance_is_an_upper_bound_of_the_optimum_and_near_it(seed, K, N, 
     optimum = min(cost(part) for part in itertools.product(range(K), repeat=N))
     assert gen.weak_variance(H, K, restarts=1) >= optimum * (1 - 1e-9)
     assert gen.weak_lower_bound(H, K) <= optimum * (1 + 1e-9) + 1e-15
+    assert gen.weak_lower_bound(H, K, steps=15) <= optimum * (1 + 1e-9) + 1e-12
     # no start is sure to find it; k-means++ is within 8 (ln K + 2) of it on average, and 20 of them in practice near 1
     assert gen.weak_variance(H, K, restarts=20) <= 1.2 * optimum + 1e-12
 
@@ -123,6 +124,32 @@ def test_lower_bound_of_known_features():
     with pytest.raises(ValueError, match="no samples"): gen.weak_lower_bound(nc.ClassStatistics(2, 3), 2)
     stream = nc.ClassStatistics(2, 3).update(H, torch.arange(500) % 2)
     with pytest.raises(ValueError, match="keeps no covariance"): gen.weak_lower_bound(stream, 2)
+
+
+@pytest.mark.parametrize("K, spread", [(3, 0.2), (3, 1.0), (6, 0.5)])
+def test_the_certified_bound_lies_between_the_spectral_one_and_k_means(K, spread):
+    torch.manual_seed(K)
+    H = torch.randn(K, 5, dtype=torch.float64)[torch.arange(90) % K] + spread * torch.randn(90, 5, dtype=torch.float64)
+    bounds = [gen.weak_lower_bound(H, K, steps=steps) for steps in (0, 5, 20, 80)]
+    assert all(b <= gen.weak_variance(H, K, restarts=20) * (1 + 1e-9) for b in bounds)
+    assert bounds[0] <= min(bounds[1:]) + 1e-12 and bounds[-1] > 1.2 * bounds[0]
+    turned = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    assert gen.weak_lower_bound(3 * H @ turned + 7, K, steps=20) == pytest.approx(9 * bounds[2], rel=1e-6)
+
+
+def test_the_certified_bound_of_known_features():
+    line = torch.tensor([[0.0], [0.1], [1], [1.1], [5], [5.1]], dtype=torch.float64)
+    assert gen.weak_lower_bound(line, 3) == 0 and gen.weak_variance(line, 3) == pytest.approx(0.0025)
+    assert gen.weak_lower_bound(line, 3, steps=200) == pytest.approx(0.0025, rel=0.02)
+    assert gen.weak_lower_bound(line.repeat(5, 1) * 0, 3, steps=3) == 0      # no scatter at all
+    assert gen.weak_lower_bound(line[:3], 3, steps=3) == 0                   # every sample is its own point
+    with pytest.raises(ValueError, match="finite"): gen.weak_lower_bound(line * torch.nan, 2, steps=3)
+
+
+def test_many_samples_are_bounded_in_parts():
+    torch.manual_seed(0)
+    H = torch.randn(4, 3, dtype=torch.float64)[torch.arange(900) % 4] + 0.3 * torch.randn(900, 3, dtype=torch.float64)
+    assert 0.6 < gen.weak_lower_bound(H, 4, steps=30) / gen.weak_variance(H, 4) <= 1
 
 
 def test_rotation_into_the_span_is_exact():
