@@ -1,4 +1,6 @@
 import os
+import socket
+import sys
 
 import pytest
 import torch
@@ -6,6 +8,19 @@ from hypothesis import settings
 
 settings.register_profile("long", max_examples=1000, deadline=None)   # for pytest --hypothesis-profile=long
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+HERE = (None, "", "localhost", "::1", "0.0.0.0", "::", socket.gethostname())
+
+
+def _offline(event, args):
+    "No test reaches another machine."
+    if event not in ("socket.connect", "socket.getaddrinfo"): return
+    host = args[0] if event == "socket.getaddrinfo" else args[1][0] if isinstance(args[1], tuple) else None
+    if host not in HERE and not str(host).startswith("127."): raise OSError(f"tests are offline: {host}")
+
+
+sys.addaudithook(_offline)
 
 
 @pytest.fixture(autouse=True)
