@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-.PHONY: reproduce test check docs lab bench machines
+.PHONY: reproduce test check docs lab bench machines lowest wheel
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,3 +35,19 @@ bench: .venv/installed              ## speed and memory of the measures
 
 machines: .venv/installed           ## the paper's verdicts as three processors would give them
 	$(BIN)/python tools/machines.py runs/machines/table.csv --preset quick --studies paper
+
+lowest:                             ## the oldest versions that pyproject.toml allows: tests of measures, files and runs
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet uv
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct \
+		--requirements pyproject.toml 'pytest>=8.2' 'hypothesis>=6.100'
+	PYTHONPATH=. build/lowest/bin/python -m pytest -q tests/test_bad_input.py tests/test_statistics.py \
+		tests/test_measures.py tests/test_store.py tests/test_history.py tests/test_claims.py tests/test_runs.py
+
+wheel:                              ## the wheel, installed in an empty environment and run in an empty folder
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
+	cd build/wheel/empty && printf '[DEFAULT]\nseeds = 2\nepochs = 3\ntrain_per_class = 20\n' > settings.ini && \
+		../venv/bin/nc-reproduce --studies train_vs_test
