@@ -27,7 +27,7 @@ from types import ModuleType
 
 import pandas as pd
 from .lab.claims import agreement, format_number, holm, load_claims, save_claims, scoreboard
-from .lab.runs import plan_table, planned, recipe_id
+from .lab.runs import plan_table, planned, recipe_id, workers
 from .lab.settings import SCALES, Settings, check_choice, get_settings
 from .lab.studies import code_used
 
@@ -309,10 +309,13 @@ def main(
                         help="data sets; default those of settings.ini, or all")
     parser.add_argument("--runs", type=Path, help="folder of the runs; default that of settings.ini")
     parser.add_argument("--out", help="folder of the report; default: reports/ beside the folder of runs")
+    parser.add_argument("--jobs", type=int, help="runs at once; default one a CPU core")
+    parser.add_argument("--scheduler", metavar="TCP", help="address of a dask scheduler, whose workers do the runs")
     parser.add_argument("--plan", action="store_true", help="print what would be run and how long it takes")
     parser.add_argument("--confirm", choices=SCALES, help="run what is registered for a scale, into results/")
     args = parser.parse_args(argv)
-    try: _command(args)
+    try:
+        with workers(args.jobs, args.scheduler): _command(args)
     except (ValueError, OSError, RuntimeError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
 
 

@@ -6,7 +6,7 @@ Training runs on disk: `get_run` and `get_runs` take any recipe, train what is m
 
 # %% auto #0
 __all__ = ['FORMAT', 'recipe_id', 'measured_epochs', 'snapshot_epochs', 'Run', 'set_seed', 'SeedEachEpoch', 'one_thread',
-           'parallel', 'get_runs', 'get_run', 'list_runs', 'finished_runs', 'planned', 'plan_table']
+           'parallel', 'workers', 'get_runs', 'get_run', 'list_runs', 'finished_runs', 'planned', 'plan_table']
 
 # %% ../../nbs/lab/40_runs.ipynb #64a6ff10
 import hashlib
@@ -14,7 +14,7 @@ import json
 import os
 import random
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cached_property
@@ -257,12 +257,12 @@ def parallel(
     jobs,                        # (function, arguments...) each
     what: str,                   # what is being done, for the bar
     progress: bool = True,       # show a bar with the time left
-    n_jobs: int | None = None,   # jobs at once, default one a CPU core
+    n_jobs: int | None = None,   # jobs at once, default what `workers` says, or one a CPU core
 ) -> list:                       # results in the order of the jobs
     "Do jobs in worker processes. Raises `RuntimeError`, when all others are done, that names the jobs that failed."
-    from joblib import Parallel, delayed
+    from joblib import Parallel, delayed, effective_n_jobs
     jobs = list(jobs)
-    n_jobs = max(1, min(len(jobs), n_jobs or os.cpu_count() or 1))
+    n_jobs = max(1, min(len(jobs), n_jobs or _at_once.get() or effective_n_jobs(-1)))
     calls = (delayed(_attempt)(i, *job) for i, job in enumerate(jobs))
     done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(calls)
     bar = progress_bar(done, total=len(jobs), leave=False) if progress and jobs else done
@@ -281,6 +281,29 @@ def _attempt(i, function, *args):
     try:
         with one_thread(): return i, function(*args), None
     except Exception as e: return i, None, f"{type(e).__name__}: {e}"
+
+# %% ../../nbs/lab/40_runs.ipynb #aeff7323
+_at_once = ContextVar("at_once", default=None)
+
+@contextmanager
+def workers(
+    n_jobs: int | None = None,       # jobs at once, default one a CPU core, or one a worker of the cluster
+    scheduler: str | None = None,    # address of a dask scheduler, default processes on this machine
+):
+    "`parallel` uses these workers inside. Raises `ValueError` for no job at once, or where dask is not installed."
+    if n_jobs is not None and n_jobs < 1: raise ValueError(f"{n_jobs} jobs at once: expected at least 1")
+    token = _at_once.set(n_jobs)
+    try:
+        with _cluster(scheduler) if scheduler else nullcontext(): yield
+    finally: _at_once.reset(token)
+
+@contextmanager
+def _cluster(scheduler):
+    "joblib on a dask cluster."
+    try: from dask.distributed import Client
+    except ImportError as e: raise ValueError(f"scheduler={scheduler!r} needs dask: pip install distributed") from e
+    from joblib import parallel_config
+    with Client(scheduler), parallel_config("dask"): yield
 
 # %% ../../nbs/lab/40_runs.ipynb #4fd6314e
 def get_runs(
