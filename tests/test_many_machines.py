@@ -77,7 +77,7 @@ def half(x):
 
 
 def test_workers_of_a_cluster():
-    from nc_nbdev.lab.runs import parallel, workers   # with fastai, which the processes above do without
+    from nc_nbdev.lab.runs import parallel, workers  # with fastai, which the processes above do without
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         with workers(scheduler=cluster.scheduler_address):

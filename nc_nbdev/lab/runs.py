@@ -11,7 +11,6 @@ __all__ = ['FORMAT', 'recipe_id', 'measured_epochs', 'snapshot_epochs', 'Run', '
 # %% ../../nbs/lab/40_runs.ipynb #64a6ff10
 import hashlib
 import json
-import os
 import random
 import time
 from contextlib import contextmanager, nullcontext
