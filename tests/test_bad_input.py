@@ -355,6 +355,10 @@ for what, call, says in (
     ("measure: NaN", lambda: nc.measure(net, [(H * NaN, y)]), "did the training diverge"),
     ("measure: num_classes", lambda: nc.measure(net, batch, num_classes="3"), "num_classes is '3'"),
     ("measure: head", lambda: nc.measure(net, batch, head="x"), "no layer 'x'"),
+    ("measure: a layer for head", lambda: nc.measure(net, batch, head=net[2]), "head is a Linear: expected .*\(W, b\)"),
+    ("measure: W for head", lambda: nc.measure(net, batch, head=W), r"head is a Tensor: expected .*\(W, b\)"),
+    ("measure: keep a number", lambda: nc.measure(net, batch, keep=3), "keep=3: expected 'last', 'all', 'none'"),
+    ("measure: all ignored", lambda: nc.measure(net, [(H, 0 * y - 100)]), "at least one sample|have no samples"),
     ("measure: keep", lambda: nc.measure(net, batch, keep="x"), "keep='x': expected 'last', 'all', 'none'"),
     ("measure: pool", lambda: nc.measure(net, batch, pool="max"), "pool='max': expected 'avg', 'flatten' or a functio"),
     ("measure: a pool of no layer", lambda: nc.measure(net, batch, pool={"9": "avg"}), r"pool for \['9'\]: expected"),
@@ -608,3 +612,8 @@ def test_features_in_memory_are_not_copied():
     a = np.random.default_rng(0).standard_normal((30, 4))
     s = nc.ClassStatistics.from_features(a, np.arange(30) % 3, num_classes=3)
     assert s._features[0].H.data_ptr() == a.ctypes.data
+
+
+def test_a_batch_of_which_everything_is_ignored_changes_nothing():
+    report, padded = nc.measure(net, batch), nc.measure(net, [*batch, (H, 0 * y - 100)])
+    assert padded.frame.equals(report.frame)

@@ -49,7 +49,9 @@ def _class_counts(dl, num_classes):
     return None if counts.min() in (0, counts.max()) else counts
 
 # %% ../../nbs/lab/25_report.ipynb #ae711f24
-def _same(a, b): return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
+def _same(a, b):
+    "Whether features are equal but for rounding; those of no sample are."
+    return a.shape == b.shape and (not len(b) or torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item()))
 
 # %% ../../nbs/lab/25_report.ipynb #31e7e5c4
 @dataclass(frozen=True)
@@ -298,6 +300,8 @@ def _find_head(model, head, num_classes):
     "(W, b) or None, the names of layers that it may be, K, and what is to be said about it or None."
     without = "No NC3, and no NC4 of the classifier: {}.".format
     if head is None: return None, (), num_classes, without("no classifier was asked for")
+    if not isinstance(head, (str, tuple, list)) or len(head) != 2 and not isinstance(head, str):
+        raise ValueError(f"head is a {type(head).__name__}: expected the name of a layer, or the pair (W, b)")
     if not isinstance(head, str): return tuple(head), (), num_classes or len(head[0]), None
     try: name = head_name(model, num_classes) if head == "auto" else check_layers(model, head)[0]
     except ValueError as e:
@@ -350,5 +354,5 @@ def measure(
 def _kept(layers, keep):
     "The layers that `keep` means."
     kept = {"last": layers[-1:], "all": layers, "none": ()}.get(keep, (keep,)) if isinstance(keep, str) else keep
-    if set(kept) <= set(layers): return kept
+    if isinstance(kept, Iterable) and set(kept) <= set(layers): return kept
     raise ValueError(f"keep={keep!r}: expected 'last', 'all', 'none' or some of {layers}")
