@@ -355,7 +355,7 @@ for what, call, says in (
     ("measure: NaN", lambda: nc.measure(net, [(H * NaN, y)]), "did the training diverge"),
     ("measure: num_classes", lambda: nc.measure(net, batch, num_classes="3"), "num_classes is '3'"),
     ("measure: head", lambda: nc.measure(net, batch, head="x"), "no layer 'x'"),
-    ("measure: a layer for head", lambda: nc.measure(net, batch, head=net[2]), "head is a Linear: expected .*\(W, b\)"),
+    ("measure: a layer for head", lambda: nc.measure(net, batch, head=net[2]), r"head is a Linear: .*\(W, b\)"),
     ("measure: W for head", lambda: nc.measure(net, batch, head=W), r"head is a Tensor: expected .*\(W, b\)"),
     ("measure: keep a number", lambda: nc.measure(net, batch, keep=3), "keep=3: expected 'last', 'all', 'none'"),
     ("measure: all ignored", lambda: nc.measure(net, [(H, 0 * y - 100)]), "at least one sample|have no samples"),
