@@ -47,6 +47,8 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "deep_unconstrained": "theory.deep_unconstrained",
     "local_elasticity": "theory.local_elasticity",
     "transfer_bound": "theory.transfer_bound",
+    "plasticity": "neighbours.plasticity",
+    "label_noise": "neighbours.label_noise",
 }
 
 # %% ../nbs/reproduce.ipynb #82d8ebbf
