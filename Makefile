@@ -30,8 +30,10 @@ lab: .venv/installed                ## the notebooks in JupyterLab
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-bench: .venv/installed              ## speed and memory of the measures
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python benchmarks/statistics.py
+bench: .venv/installed              ## speed of statistics, measuring and training; memory of the measures
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python benchmarks/statistics.py --curves
+	$(BIN)/python benchmarks/measuring.py
+	$(BIN)/python benchmarks/training.py
 
 machines: .venv/installed           ## the paper's verdicts as three processors would give them
 	$(BIN)/python tools/machines.py runs/machines/table.csv --preset quick --studies paper

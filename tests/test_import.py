@@ -26,6 +26,16 @@ def test_geometry_loads_neither_fastai_nor_torchvision():
     assert loaded.split() == []
 
 
+def test_measuring_a_plain_network_loads_no_fastai():
+    loaded = fresh("""
+import sys, torch, nc_nbdev as nc
+y = torch.arange(40) % 4
+model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+nc.measure(model, [(torch.randn(40, 5), y)], [(torch.randn(40, 5), y)])
+print(*[m for m in ('torchvision', 'fastai', 'plotly', 'IPython') if m in sys.modules])""")
+    assert loaded.split() == []
+
+
 @pytest.mark.parametrize("name", nc.__all__)
 def test_public_names_resolve(name):
     assert callable(getattr(nc, name)) and getattr(nc, name).__doc__
