@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -80,9 +81,25 @@ def environment() -> dict:
     "Versions and machine, to go with numbers."
     import torch
     packages = {p: metadata.version(p) for p in ("nc_nbdev", "torch", "torchvision", "fastai", "scikit-learn", "numpy")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {"date": date.today().isoformat(), "device": device, "kernels": torch.backends.cpu.get_cpu_capability(),
-            "python": platform.python_version(), **packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
+    return {"date": date.today().isoformat(), "commit": _commit(), "device": device,
+            "kernels": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), **packages}
+
+def _processor():
+    "Its name, where the system says it."
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+             ] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+def _commit():
+    "Of the checkout that this file is in, marked where files differ from it; empty where there is none."
+    import nc_nbdev
+    folder = Path(nc_nbdev.__file__).parent
+    if "site-packages" in folder.parts: return ""     # installed: a repository around it is another project's
+    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try: return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError): return ""
 
 # %% ../nbs/reproduce.ipynb #cc4571f7
 def _board(claims):
