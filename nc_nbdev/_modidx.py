@@ -818,6 +818,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nc_nbdev.reproduce._Callable.__call__': ('reproduce.html#_callable.__call__', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce._board': ('reproduce.html#_board', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce._command': ('reproduce.html#_command', 'nc_nbdev/reproduce.py'),
+                                    'nc_nbdev.reproduce._commit': ('reproduce.html#_commit', 'nc_nbdev/reproduce.py'),
+                                    'nc_nbdev.reproduce._processor': ('reproduce.html#_processor', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce._run': ('reproduce.html#_run', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce._settings': ('reproduce.html#_settings', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce.code_hash': ('reproduce.html#code_hash', 'nc_nbdev/reproduce.py'),
