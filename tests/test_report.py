@@ -512,3 +512,140 @@ def test_reports_compared(net, data):
     assert table.loc["train", "pool", "nc1_trace"].tolist() == pytest.approx([this, other, other / this])
     assert table.xs("test").other.isna().all() and (a.compare(a).ratio.dropna() == 1).all()
     assert len(b.compare(a)) == len(table)
+
+
+# -- classes without samples, and classifiers of other kinds -----------------------------------------------------------
+
+def text(words=(0, 2, 3, 5), rows=12, length=9):
+    torch.manual_seed(1)
+    ids = torch.tensor(words)[torch.randint(0, len(words), (rows, length))]
+    return [dict(input_ids=part, labels=part) for part in ids.split(4)]
+
+
+def test_absent_words_are_left_out():
+    "As if the words that occur had been numbered 0, 1, ...; the memory is that of these words."
+    model, words = Words(50_000).eval(), torch.tensor([11, 400, 401, 49_999])
+    train, test = text(words=words.tolist()), text(words=(11, 401, 7), rows=8)
+    report = measure(model, train, test, layers=("blocks.0", "head:input"), next_token=True)
+    number = torch.full((50_000,), -100).index_put((words,), torch.arange(4))
+    few = measure(model, train, layers=("blocks.0", "head:input"), next_token=True, absent="error",
+                  head=(model.head.weight[words].detach(), torch.zeros(4)),
+                  batch=lambda b: ({"input_ids": b["input_ids"]}, number[b["labels"]]))
+    for layer in few.layers:
+        found, direct = (r.measures["train"][layer].to_dict() for r in (report, few))
+        close({k: v for k, v in found.items() if k not in ("nc1_pinv", "vci")}, {k: v for k, v in direct.items()
+              if k not in ("nc1_pinv", "vci")})
+    assert report.num_classes == 50_000 and report.measures["train"]["head:input"].num_classes == 4
+    assert "49996 of 50000 classes have no samples (0, 1, 2, 3, 4, ...)" in report.notes[0] and len(report.notes) == 2
+    statistics = collect(model, train, "head:input", 50_000, reading=dict(next_token=True)).statistics
+    assert statistics["head:input"].means.shape == (4, 8)
+
+
+def test_absent_classes_of_a_test_set():
+    "Test tokens are compared with the train means of their own words, and with the nearest of all train means."
+    model, train, test = Words().eval(), text(words=(1, 4, 6)), text(words=(1, 2, 6))
+    report = measure(model, train, test, layers="head:input", next_token=True, keep="all")
+    H, y = {}, {}
+    for name, batches in (("train", train), ("test", test)):
+        with torch.no_grad(): hidden = torch.cat([model(b["input_ids"]).hidden for b in batches])
+        H[name], y[name] = hidden[:, :-1].flatten(0, 1), torch.cat([b["labels"] for b in batches])[:, 1:].flatten()
+    means = {c: H["train"][y["train"] == c].double().mean(0) for c in (1, 4, 6)}
+    nearest = torch.tensor([min(means, key=lambda c: (h - means[c]).norm()) for h in H["test"].double()])
+    measures = report.measures["test"]["head:input"]
+    assert measures.ncc_accuracy == pytest.approx((nearest == y["test"]).double().mean().item())
+    logits = H["test"] @ model.head.weight.detach().T
+    assert measures.nc4_disagreement == pytest.approx((nearest != logits.argmax(1)).double().mean().item())
+    known = torch.isin(y["test"], torch.tensor([1, 6]))
+    drift = torch.stack([h - means[c.item()] for h, c in zip(H["test"][known].double(), y["test"][known], strict=True)])
+    M = torch.stack(list(means.values()))
+    between = (M - M.mean(0)).square().sum(1).mean()
+    assert report.test_collapse["head:input"].strong == pytest.approx((drift.square().sum(1).mean() / between).item())
+    train_near = torch.tensor([min(means, key=lambda c: (h - means[c]).norm()) for h in H["train"].double()])
+    right = (train_near == y["train"]).double().mean().item()
+    assert report.measures["train"]["head:input"].ncc_accuracy == pytest.approx(right)
+
+
+def test_absent_classes_of_images(net, data):
+    clean, test = loaders(data)
+    few = [(x[y % 3 == 0], y[y % 3 == 0]) for x, y in test]                                      # 0, 3, 6, 9
+    with pytest.raises(ValueError, match="absent=.leave out"): measure(net, clean, few)
+    report, whole = measure(net, clean, few, absent="leave out"), measure(net, clean, test)
+    assert report.measures["test"]["pool"].num_classes == 4 and "6 of 10 classes" in report.notes[0]
+    close(report.measures["train"]["pool"].to_dict(), whole.measures["train"]["pool"].to_dict())
+    H, y = layer_features(net, few, "pool")
+    rows = (net.head.weight[::3].detach(), net.head.bias[::3].detach())
+    direct = measure_features(H["pool"], y // 3, num_classes=4, head=rows).to_dict()
+    found = report.measures["test"]["pool"].to_dict()
+    for name in ("nc1_trace", "nc1_pinv", "vci", "cdnv", "nc2_etf", "nc3_duality"):
+        assert found[name] == pytest.approx(direct[name], rel=1e-4), name
+    with pytest.raises(ValueError, match="absent='no'"): measure(net, clean, absent="no")
+
+
+class Tied(Words):
+    "The embedding is the classifier, and no module is."
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), None
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        for block in self.blocks: x = block(x)
+        return self.norm(x) @ self.embed.weight.T
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "embed"}, {"layers": ("blocks.0", "norm")}])
+def test_tied_embeddings(options):
+    model, batches = Tied(), text(words=range(7), rows=40)
+    pair = model.embed.weight.detach(), None
+    given = measure(model, batches, layers=("blocks.0", "norm"), head=pair, next_token=True)
+    found = measure(model, (b for b in batches), next_token=True, **options)
+    assert found.layers[-1] == "norm" and "embed.weight" in found.notes[0]
+    close(found.measures["train"]["norm"].to_dict(), given.measures["train"]["norm"].to_dict())
+    assert found.measures["train"]["norm"].nc3_duality is not None
+    with pytest.raises(ValueError, match="no layer gives the output"): measure(Words(), batches, head="embed")
+
+
+class Compares(nn.Module):
+    "Cosines with the rows of a matrix, in its own layer."
+    def __init__(self, transposed=False):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(*((64, 10) if transposed else (10, 64))))
+        self.transposed = transposed
+
+    def forward(self, x):
+        W = self.rows.T if self.transposed else self.rows
+        return 20 * nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(W))
+
+
+class Root(Compares):
+    "The same, where the rows belong to the network itself."
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 64)
+
+    def forward(self, x): return super().forward(self.body(x.flatten(1)))
+
+
+@pytest.mark.parametrize("kind", ["layer", "transposed", "network"])
+def test_classifiers_that_compare_directions(kind, data):
+    torch.manual_seed(0)
+    head = Compares(kind == "transposed")
+    model = Root() if kind == "network" else nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), head)
+    report = measure(model, *loaders(data))
+    rows = model.rows if kind == "network" else head.rows.T if kind == "transposed" else head.rows
+    layer = report.layers[-1]
+    assert layer == ("body" if kind == "network" else "3:input")
+    direct = measure(model, *loaders(data), layers=layer, head=(nn.functional.normalize(rows.detach()), None))
+    for split in ("train", "test"):
+        close(report.measures[split][layer].to_dict(), direct.measures[split][layer].to_dict())
+    H, y = layer_features(model, loaders(data)[0], layer)
+    right = (H[layer] @ nn.functional.normalize(rows.detach()).T).argmax(1) == y
+    assert report.accuracy["train"] == pytest.approx(right.double().mean().item())
+
+
+def test_a_layer_that_is_no_classifier(data):
+    class Odd(Compares):
+        def forward(self, x): return x.square() @ self.rows.T
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), Odd())
+    with pytest.raises(ValueError, match="give the classifier"): measure(model, loaders(data)[0])
+    assert measure(model, loaders(data)[0], head=None, num_classes=10).accuracy["train"] is not None

@@ -459,11 +459,14 @@ class Transformer(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential, "encoder"])
-def test_equal_blocks_are_sampled_by_depth(kind):
-    layers = runs_once(Transformer(kind), torch.randn(2, 5, 4))
+def test_every_equal_block_is_tapped(kind):
+    "All but the last, which the input of the classifier stands for; also where one block has more weights."
     prefix = "blocks.layers." if kind == "encoder" else "blocks."
-    depths = [int(layer.removeprefix(prefix)) for layer in layers[:-1]]
-    assert len(depths) == 3 and depths == sorted(depths) and 0 < depths[1] < 8
+    expected = ("embed", *(f"{prefix}{i}" for i in range(8)), "head:input")
+    assert runs_once(Transformer(kind), torch.randn(2, 5, 4)) == expected
+    model = Transformer(kind)
+    model.get_submodule(f"{prefix}0").extra = nn.Linear(3, 3)
+    assert tap_layers(model) == expected
 
 
 def test_a_list_is_never_tapped():

@@ -52,6 +52,7 @@ class CollapseRecorder(Callback):
         train_dl=None,      # clean loader of the train set, default made from the learner's
         test_dl=None,       # loader, or {name: loader}, default the learner's validation loader as "test"
         num_classes=None, references=None, pool="avg", batch=None, output=None, next_token=False,   # as in `measure`
+        absent=None,        # as in `measure`
         run="", condition="", seed=0,   # what to write in the history's columns of these names
     ):
         super().__init__()
@@ -62,7 +63,7 @@ class CollapseRecorder(Callback):
         self.every, self.epochs = every, None if epochs is None else frozenset(epochs)
         self.train_loader, self.test_loaders = train_dl, test_dl
         self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,
-                            output=output, next_token=next_token)
+                            output=output, next_token=next_token, absent=absent)
         self.columns, self.rows, self.status, self.done = dict(run=run, condition=condition, seed=seed), [], "", 0
 
 # %% ../../nbs/lab/30_recorder.ipynb #22cc8626

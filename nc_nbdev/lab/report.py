@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
+from itertools import chain
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +29,16 @@ from ..geometry.generalization import TestCollapse, test_collapse, test_collapse
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
-from .taps import check_layers, head_name, head_of, tap_layers, tapped_batches, unwrap
+from nc_nbdev.lab.taps import (
+    check_layers,
+    head_name,
+    head_of,
+    loose_rows,
+    output_rows,
+    tap_layers,
+    tapped_batches,
+    unwrap,
+)
 
 # %% ../../nbs/lab/25_report.ipynb #0e5753b0
 def _within(H): return "full" if H.shape[1] <= 4096 else "trace"    # (D, D) in float64: 128 MB a layer
@@ -64,11 +74,36 @@ class Collected:
     nearest: dict[str, Tensor]               # (N,) class of the nearest reference mean, for layers with a reference
     head_layers: tuple[str, ...]             # layers whose features are the input of the classifier
     heads: tuple[str, ...] = ()              # those of several classifiers that give the output, else all
+    classes: Tensor | None = None            # those with samples, where the statistics are of these only
+    num_classes: int | None = None           # K, where the statistics are of fewer
 
     @property
     def accuracy(self) -> float | None:
         "Share of labels predicted; None without predictions."
         return None if self.predictions is None else (self.predictions == self.labels).double().mean().item()
+
+# %% ../../nbs/lab/25_report.ipynb #fb8db687
+class _Seen:
+    "The classes in the order in which they come, and statistics with room for these. Called with labels: places."
+    def __init__(self, num_classes, device):
+        self.number = torch.full((num_classes,), -1, device=device)
+        self.classes = self.number[:0]
+
+    def __call__(self, y):  # (B,) labels -> (B,) places
+        K = len(self.number)
+        if len(y) and (y.min() < 0 or y.max() >= K):
+            raise ValueError(f"labels run from {y.min()} to {y.max()}: expected 0..{K - 1}; check num_classes")
+        new = (there := y.long().unique())[self.number[there] < 0]
+        self.number[new] = torch.arange(len(self.classes), len(self.classes) + len(new), device=y.device)
+        self.classes = torch.cat([self.classes, new])
+        return self.number[y.long()]
+
+    def update(self, stats, H, places):
+        device, n = "cpu" if H.device.type == "mps" else H.device, len(self.classes)
+        if stats is None: stats = ClassStatistics(max(n, 2), H.shape[1], "trace", device=device)
+        room = torch.arange(max(n, 2 * stats.num_classes), device=device)
+        if n > stats.num_classes: stats = stats.take(room.where(room < stats.num_classes, -1))
+        return stats.update(H, places)
 
 # %% ../../nbs/lab/25_report.ipynb #d70c7680
 def collect(
@@ -83,21 +118,27 @@ def collect(
     class_counts: Tensor | None = None,                      # (K,) samples a class, default `dl.class_counts`
     head: str | Sequence[str] | None = None,                 # the classifier, or several that it may be
     reading: Mapping | None = None,                          # batch, output, ... of `tapped_batches`
+    absent: str | None = None,                               # as in `measure`
+    classes: Tensor | None = None,                           # those of the reference, where they are not all
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
     tapped = tuple(dict.fromkeys((*layers, *(f"{h}:input" for h in heads), *(heads[1:] and heads))))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
-    stats, features, nearest, labels, predictions, same = {}, {}, {}, [], [], layers
+    stats, features, nearest, labels, predictions, same, seen = {}, {}, {}, [], [], layers, None
     with closing(tapped_batches(model, dl, tapped, pool, **(reading or {}))) as batches:
         for taps, out, y in batches:
             fits = out.shape == (*taps.rows.shape, num_classes)
             if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
+            fewer = absent == "leave out" or absent is None and taps.rows.ndim > 1
+            if not labels and class_counts is None and fewer: seen = _Seen(num_classes, y.device)
+            numbers = y if seen is None else seen(y)
             if fits and heads[1:]: heads = [h for h in heads if h in taps and _same(taps[h], out[taps.rows])] or heads
             for layer in layers:
                 H = taps[layer]
                 if layer in keep: features.setdefault(layer, []).append(H)
-                else: _update(stats, layer, H, y, num_classes, class_counts)
+                elif seen is None: _update(stats, layer, H, y, num_classes, class_counts)
+                else: stats[layer] = seen.update(stats.get(layer), H, numbers)
                 if layer in reference: nearest.setdefault(layer, []).append(nearest_centre(H, reference[layer].means))
             labels.append(y)
             predictions.append(out.argmax(-1)[taps.rows] if fits else None)
@@ -105,25 +146,39 @@ def collect(
             same = [layer for layer in same if known in taps and _same(taps[layer], taps[known])]
     labels, predictions = torch.cat(labels), None if predictions[0] is None else torch.cat(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
+    if classes is not None: nearest = {layer: classes[numbers] for layer, numbers in nearest.items()}
+    found, order = (None, None) if seen is None else seen.classes.sort()
+    if found is not None: stats = {layer: stat.take(order) for layer, stat in stats.items()}
     for layer, H in features.items():
-        stats[layer] = ClassStatistics.from_features(H, labels, num_classes, _within(H), weighting="class")
+        y, K = (labels, num_classes) if found is None else (torch.searchsorted(found, labels), len(found))
+        stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting="class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
-                     tuple(heads))
+                     tuple(heads), None if found is None or len(found) == num_classes else found, num_classes)
 
 # %% ../../nbs/lab/25_report.ipynb #2caab80a
 def _compare(base, test, layer):
     "Train, weak, test and strong variance of one layer; weak only where the features of both were kept."
-    stats = base.statistics[layer]
-    if not (layer in base.features and layer in test.features):
-        return test_collapse_from_statistics(stats, test.statistics[layer])
-    return test_collapse(base.features[layer], base.labels, test.features[layer], test.labels,
-                         num_classes=stats.num_classes)
+    stats, there = base.statistics[layer], test.statistics[layer]
+    some = base.classes is not None or test.classes is not None
+    if not some and layer in base.features and layer in test.features:
+        return test_collapse(base.features[layer], base.labels, test.features[layer], test.labels,
+                             num_classes=stats.num_classes)
+    return test_collapse_from_statistics(stats, there.take(_places(base, test)) if some else there)
+
+def _places(base, test):
+    "For each class of the base its place among the classes of the test, -1 where it has none."
+    every = torch.arange(base.num_classes, device=base.labels.device)
+    wanted, there = (every if split.classes is None else split.classes for split in (base, test))
+    return torch.full_like(every, -1).index_put((there,), torch.arange(len(there), device=every.device))[wanted]
 
 def _measure_layer(split, layer, base, head):
     "`CollapseMeasures` of one layer; NC4 where the nearest mean of each sample is known."
-    m = measure_collapse(split.statistics[layer], head)
+    rows = slice(None) if split.classes is None else split.classes
+    m = measure_collapse(split.statistics[layer], head and (head[0][rows], None if head[1] is None else head[1][rows]))
     H, nearest = split.features.get(layer), split.nearest.get(layer)
-    if nearest is None and H is not None: nearest = nearest_centre(H, base.statistics[layer].means)
+    if nearest is None and H is not None:
+        nearest = nearest_centre(H, base.statistics[layer].means)
+        nearest = nearest if base.classes is None else base.classes[nearest]
     if nearest is None:
         missing = ("ncc_accuracy", "nc4_disagreement") if head else ("ncc_accuracy",)
         return replace(m, reasons=m.reasons | dict.fromkeys(missing, "needs the features: measure(..., keep=...)"))
@@ -164,13 +219,24 @@ def compare_splits(
     for name, split in splits.items():
         base = splits[references.get(name, name)]
         try: measures[name] = {la: _measure_layer(split, la, base, heads.get(la)) for la in split.statistics}
-        except ValueError as e: raise ValueError(f"{name} set: {e}") from e
+        except ValueError as e: raise ValueError(f"{name} set: {e}" + _hint * ("no samples" in str(e))) from e
+        if split.classes is not None: notes.append(f"{name} set: {_absent(split)}")
     for name, layer in ((n, la) for n in references for la in train.statistics):
         try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
         except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
     accuracy, stats = {name: split.accuracy for name, split in splits.items()}, train.statistics
-    num_classes = next(iter(stats.values())).num_classes
+    num_classes = train.num_classes or next(iter(stats.values())).num_classes
     return CollapseReport(num_classes, tuple(stats), measures, collapse, accuracy, references, tuple(notes))
+
+_hint = ', or leave them out: absent="leave out"'
+
+def _absent(split):
+    "Which classes have no samples."
+    K, few = split.num_classes, torch.ones(split.num_classes, dtype=torch.bool)
+    few[split.classes.cpu()] = False
+    first = few.nonzero().flatten()[:5].tolist()
+    names = ", ".join(map(str, first)) + (", ..." if few.sum() > 5 else "")
+    return f"{few.sum()} of {K} classes have no samples ({names}); the measures are of the other {len(split.classes)}."
 
 def _references(tests, references):
     "{test split: the split it is compared with}; a split that others are compared with is compared with nothing."
@@ -313,6 +379,23 @@ def _find_head(model, head, num_classes):
     others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == len(W)]
     return (W, b), (*(n for n in others if n != name), name) if head == "auto" else (name,), len(W), None
 
+# %% ../../nbs/lab/25_report.ipynb #cae993a5
+def _tied(model, dl, head, reading):
+    "The `OutputRows` that give the output where no linear layer does, or None; and the loader, complete."
+    named = isinstance(head, str) and head != "auto"
+    if not (head == "auto" and loose_rows(model) or named and isinstance(_module(model, head), nn.Embedding)):
+        return None, dl
+    batches = iter(dl)
+    first = next(batches, None)
+    if batches is dl: dl = chain([] if first is None else [first], batches)
+    if first is None: return None, dl
+    found = output_rows(model, first, reading["batch"], reading["output"])
+    if named and (found is None or found.name != f"{head}.weight"):
+        raise ValueError(f"head {head!r}: no layer gives the output by the rows of this embedding")
+    return found, dl
+
+def _module(model, name): return dict(unwrap(model).named_modules()).get(name)
+
 # %% ../../nbs/lab/25_report.ipynb #b261cf6b
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
@@ -330,18 +413,25 @@ def measure(
     output: str | int | None = None,                    # of several outputs, by name or place; default the first tensor
     next_token: bool = False,                           # labels (B, T): each position has the label of the next
     ignore_index: int = -100,                           # samples or tokens with this label are left out
+    absent: str | None = None,                          # classes without samples: "error", or (tokens) "leave out"
 ) -> CollapseReport:
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
-    layers = check_layers(model, layers or tap_layers(model))
-    Wb, heads, num_classes, note = _find_head(model, head, num_classes)
+    if absent not in (None, "error", "leave out"):
+        raise ValueError(f"absent={absent!r}: expected 'error' or 'leave out'")
+    reading = dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index)
+    tied, train_dl = _tied(model, train_dl, head, reading)
+    layers = check_layers(model, layers or tap_layers(model, tied and tied.layer))
+    if tied: Wb, heads, num_classes, note = (tied.W, tied.b), (), num_classes or len(tied.W), tied.note
+    else: Wb, heads, num_classes, note = _find_head(model, head, num_classes)
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
     tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
     bases, given = _references(tests, references), layers[-1:] if Wb and not heads else ()
-    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads,
-                  keep=None if keep is None else {*_kept(layers, keep), *given},
-                  reading=dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index))
+    if tied: given = tuple({tied.layer} & {*layers})
+    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
+                  keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading)
     passes = {"train": run(train_dl, class_counts=class_counts)} | {n: run(tests[n]) for n in tests if n not in bases}
-    passes |= {n: run(tests[n], reference=passes[base].statistics) for n, base in bases.items()}
+    for n, base in bases.items():
+        passes[n] = run(tests[n], reference=passes[base].statistics, classes=passes[base].classes)
     train = replace(passes["train"], head_layers=given or passes["train"].head_layers)
     if heads:
         Wb, name = head_of(model, train.heads[-1]), train.heads[-1]

@@ -6,15 +6,17 @@ The layers worth measuring (`tap_layers`), the classifier of a network (`head_of
 
 # %% auto #0
 __all__ = ['LABELS', 'unwrap', 'check_layers', 'head_name', 'head_of', 'tap_layers', 'pool_features', 'FeatureTaps', 'evaluating',
-           'split_batch', 'tapped_batches', 'layer_features']
+           'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows', 'output_rows', 'layer_features']
 
 # %% ../../nbs/lab/20_taps.ipynb #0f548290
+import copy
 import difflib
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -59,14 +61,24 @@ def head_name(
     model: nn.Module,                # any network, possibly inside wrappers
     num_classes: int | None = None,  # K: a layer with K outputs is preferred
 ) -> str:                            # as in `named_modules()` of the network inside
-    "The name of the last `nn.Linear`, or 1x1 `nn.Conv2d` if that is last. Raises `ValueError` where there is none."
-    layers = [(n, m) for n, m in unwrap(model).named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    heads = [(n, m) for n, m in layers if isinstance(m, nn.Linear)
-             or (m is layers[-1][1] and m.kernel_size == (1, 1) and m.groups == 1)]
+    "The name of the last `nn.Linear`, or of a 1x1 convolution or the like if last. Raises `ValueError` without one."
+    named = [(n, m) for n, m in unwrap(model).named_modules() if n or not _custom(m)]
+    layers = [(n, m) for n, m in named if _rows(m) is not None]
+    heads = [(n, m) for n, m in layers if isinstance(m, nn.Linear) or m is layers[-1][1] and _may_be_head(m)]
     if not heads:
         raise ValueError(f"{type(unwrap(model)).__name__} has no nn.Linear and no 1x1 convolution at its end: "
                          "give the classifier (W, b)")
-    return ([n for n, m in heads if len(m.weight) == num_classes] or [n for n, _ in heads])[-1]
+    return ([n for n, m in heads if num_classes in _rows(m).shape[:1 + _custom(m)]] or [n for n, _ in heads])[-1]
+
+def _rows(module):
+    "The only matrix (K, D) among the module's own weights, or (K, D, 1, 1) of a convolution; else None."
+    if not _custom(module): return module.weight
+    matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
+    return matrices[0] if len(matrices) == 1 and not isinstance(module, nn.Embedding) else None
+
+def _custom(module): return not isinstance(module, (nn.Linear, nn.Conv2d))
+
+def _may_be_head(m): return _custom(m) or m.kernel_size == (1, 1) and m.groups == 1
 
 # %% ../../nbs/lab/20_taps.ipynb #782e3144
 def head_of(
@@ -76,26 +88,52 @@ def head_of(
     "The classifier's weights. Raises `ValueError` where there is none, or the layer is not linear."
     name = check_layers(model, name)[0] if name else head_name(model)
     layer = unwrap(model).get_submodule(name)
-    if not isinstance(layer, nn.Linear) and getattr(layer, "kernel_size", None) != (1, 1):
+    if _custom(layer): return _directions(layer, name)
+    if not isinstance(layer, nn.Linear) and layer.kernel_size != (1, 1):
         raise ValueError(f"head {name!r}: {type(layer).__name__}, expected nn.Linear or a 1x1 convolution")
     W = layer.weight.detach().flatten(1).clone()   # (K, D), of a convolution (K, D, 1, 1)
     return W, W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().clone()
 
+# %% ../../nbs/lab/20_taps.ipynb #243be5f8
+def _directions(layer, name):
+    "W and b of a layer that is linear, or that compares directions, found by what it gives for random inputs."
+    own = _rows(layer)
+    for W in () if own is None else (own.detach(), own.detach().T):
+        x = torch.randn(8, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
+        try:
+            with torch.no_grad(): out = copy.deepcopy(layer).eval()(x)
+        except Exception: continue                                     # it takes other inputs
+        biases = [p.detach() for p in layer.parameters(recurse=False) if p.shape == W.shape[:1]]
+        found = None if not isinstance(out, Tensor) else _explains(out, x, W, (biases or [W.new_zeros(len(W))])[0])
+        if found: return found
+    raise ValueError(f"head {name!r}: {type(layer).__name__}, expected nn.Linear or a 1x1 convolution, or a layer that "
+                     "compares directions; else give the classifier (W, b)")
+
+def _explains(out, x, W, b):
+    "(W, b) if the output is W x + b, (rows of length 1, 0) if it is a multiple of the cosines; else None."
+    def close(a): return torch.allclose(out, a, rtol=1e-3, atol=1e-4 * out.abs().max().item())
+    if out.shape != (*x.shape[:-1], len(W)) or not out.is_floating_point(): return None
+    if close(x @ W.T + b): return W.clone(), b.clone()
+    U, cosines = nn.functional.normalize(W), nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(W).T
+    return (U, torch.zeros_like(b)) if close(cosines * ((out * cosines).sum() / cosines.square().sum())) else None
+
 # %% ../../nbs/lab/20_taps.ipynb #4f0e8478
 def tap_layers(
-    model: nn.Module,  # any network with a linear layer, possibly inside wrappers
-) -> tuple[str, ...]:  # names in order of depth, the last one gives the input of the classifier
+    model: nn.Module,            # any network with a linear layer, possibly inside wrappers
+    last: str | None = None,     # the layer before the classifier, where that is no module
+) -> tuple[str, ...]:            # names in order of depth, the last one gives the input of the classifier
     "The layers that are worth measuring, by `model.tap_names` or structure. Raises `ValueError` without a classifier."
     model = unwrap(model)
     if hasattr(model, "tap_names"): return tuple(model.tap_names)
-    head = head_name(model)
+    head = last or head_name(model)
     parts = list(_parts("", model, head))
     leaves = takewhile(lambda part: not any(_parts(*part)), parts)
     stem = [name for name, module in leaves if not isinstance(module, nn.Embedding)][-1:]
     blocks = [name for name, _ in _blocks(parts)]
     layers = blocks[:-1] or blocks or [name for name, _ in _matrices(parts)]
-    few = [(len(layers) + 1) * i // 4 - 1 for i in (1, 2, 3)] if len(layers) > 5 else range(len(layers))
-    return (*(stem if blocks else ()), *(layers[i] for i in few), f"{head}:input")
+    many = len(layers) > 5 and not _alike(_blocks(parts))
+    few = [(len(layers) + 1) * i // 4 - 1 for i in (1, 2, 3)] if many else range(len(layers))
+    return (*(stem if blocks else ()), *(layers[i] for i in few), last or f"{head}:input")
 
 def _parts(name, module, head=""):
     "Names and modules with weights inside `module`, up to the head; of a list and of what holds the head, those in it."
@@ -119,8 +157,7 @@ def _blocks(parts):
         sizes = [sum(map(torch.Size.numel, _shapes(m))) for _, m in blocks]
         i = max(range(len(blocks)), key=sizes.__getitem__, default=0)
         inner = list(_parts(*blocks[i])) if 1 < len(blocks) < 4 and 2 * sizes[i] > sum(sizes) else []
-        equal = len(inner) > 3 and len({_shapes(m) for _, m in inner}) == 1
-        return blocks[:i] + inner + blocks[i + 1:] if equal else blocks
+        return blocks[:i] + inner + blocks[i + 1:] if _alike(inner) else blocks
     (name, block), = blocks
     inner = _blocks(list(_parts(name, block)))
     if not inner and isinstance(block, nn.Sequential):
@@ -129,6 +166,10 @@ def _blocks(parts):
     return inner if len(inner) > 1 else blocks
 
 def _shapes(module): return tuple(p.shape for p in module.parameters())
+
+def _alike(blocks):
+    "Whether most of more than three blocks have weights of the same shapes, as those of transformers."
+    return len(blocks) > 3 and 2 * max(Counter(_shapes(m) for _, m in blocks).values()) > len(blocks)
 
 # %% ../../nbs/lab/20_taps.ipynb #320ffc5d
 def pool_features(
@@ -335,6 +376,56 @@ def _pick(out, output):
     try: return _first_tensor(parts[output] if output in parts else list(parts.values())[output], "output")
     except (LookupError, TypeError, ValueError) as e:
         raise ValueError(f"output={output!r}: not in what the network gives, {_describe(out)}") from e
+
+# %% ../../nbs/lab/20_taps.ipynb #52db4f38
+def loose_rows(
+    model: nn.Module,          # any network, possibly inside wrappers
+) -> list[tuple[str, Tensor]]:    # names of parameters (K, D), and these
+    "Matrices that may be a classifier though no module is it; empty if a linear layer comes last."
+    model = unwrap(model)
+    own = [(n, m, key, p) for n, m in model.named_modules() for key, p in m.named_parameters(recurse=False)]
+    loose = [(f"{n}.{key}".strip("."), p) for n, m, key, p in own
+             if p.ndim == 2 and (isinstance(m, nn.Embedding) or not n and _custom(m))]
+    try: named = own[-1:] and own[-1][0] == head_name(model) and all("." in name for name, _ in loose)
+    except ValueError: named = False
+    return [] if named else loose
+
+@dataclass(frozen=True)
+class OutputRows:
+    "Rows that give the output of a network though no module is the classifier."
+    layer: str     # the features are its output
+    name: str      # of the parameter
+    W: Tensor      # (K, D)
+    b: Tensor      # (K,) zeros
+
+    @property
+    def note(self) -> str:
+        "What a report says of them."
+        return f"head guessed: the output is that of {self.layer} by the rows of {self.name}."
+
+def output_rows(
+    model: nn.Module,              # any network, possibly inside wrappers
+    item,                          # a batch, as in `split_batch`
+    batch: Callable | None = None,   # as in `tapped_batches`
+    output: str | int | None = None,   # as in `tapped_batches`
+) -> OutputRows | None:
+    "Which of the last layers gives the output by rows of `loose_rows`, found on one batch."
+    model, ran = unwrap(model), deque(maxlen=12)
+    def keep(name): return lambda module, args, out: ran.append((name, out)) if isinstance(out, Tensor) else None
+    handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n]
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    inputs, named, _ = _placed(split_batch(item, model, batch), weight)
+    try:
+        with evaluating(model), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            out = _pick(model(*inputs, **named), output)
+    finally:
+        for handle in handles: handle.remove()
+    fits = [(n, W.detach()) for n, W in loose_rows(model) if len(W) == out.shape[-1]]
+    for layer, x in reversed(ran):
+        for name, W in fits:
+            fit = x.is_floating_point() and x.shape[-1] == W.shape[1]
+            if fit and (found := _explains(out, x, W, W.new_zeros(len(W)))): return OutputRows(layer, name, *found)
+    return None
 
 # %% ../../nbs/lab/20_taps.ipynb #d69c3e82
 def layer_features(
