@@ -15,6 +15,7 @@ Modules:
 - `nc_nbdev.lab.features_on_disk`: Features that other software has saved, measured from the command line: `nc-measure features.npz`.
 - `nc_nbdev.lab.figures`: Curves over training with seeds as bands and the terminal phase shaded: every figure of a study is drawn from the tidy history.
 - `nc_nbdev.lab.history`: All numbers that are measured in training stand in one tidy table. This page has the functions that read it.
+- `nc_nbdev.lab.integrations`: Collapse during training in the frameworks people have: a Lightning callback, a Hugging Face callback, and a metric of torchmetrics.
 - `nc_nbdev.lab.many_machines`: Runs go to the workers of a cluster. One measure over data that is divided among processes equals the measure in one process.
 - `nc_nbdev.lab.probes`: A linear probe that states how features are prepared, chooses its penalty on held-out data and is solved to its optimum; and three other ways to ask.
 - `nc_nbdev.lab.recorder`: One callback for any fastai `Learner`: collapse of every tapped layer, on train and test, as training goes on.
