@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from ..geometry.measures import CollapseMeasures, measure_collapse
