@@ -117,7 +117,7 @@ def first_order(
     K, gamma_h, gamma_w = problem.num_classes, len(anchor) * problem.lh, problem.num_classes * problem.lw
     h, w = collapsed_scale(c0, gamma_h, gamma_w)
     rho = gamma_h / (gamma_h + w * w)
-    slope = 1 / (1 + gamma_w * (3 * h * h - gamma_w) / (gamma_h * (h * h + gamma_w) ** 3))             # phi'(c0)
+    slope = 1 / (1 + gamma_w * (3 * h * h - gamma_w) / (gamma_h * (h * h + gamma_w) ** 3))             # h'(c0)
     classes = anchor.unflatten(0, (K, -1))                             # (K, n, D)
     mu, E = classes.mean(dim=1), classes - classes.mean(dim=1, keepdim=True)
     A, mu = mu[:, :K] - c0 * torch.eye(K, dtype=mu.dtype), mu * (h / c0)
@@ -129,7 +129,7 @@ def responses(
     c0: float,  # length of the class means of the layer below, positive
     gamma_h: float,  # N lambda_H, positive
     gamma_w: float,  # K lambda_W, positive
-    inside: float = 1.0,  # p: share of tr Sigma_W(H0) in the span of the class means
+    inside: float = 1.0,  # iota: share of tr Sigma_W(H0) in the span of the class means
 ) -> dict[str, float]:  # "nc1 by lh", "nc1 by lw", "residual by lh", "residual by lw"
     "Logarithmic derivatives of nc1_trace and of the residual by each regulariser. Raises as `collapsed_scale`."
     h, w = collapsed_scale(c0, gamma_h, gamma_w)

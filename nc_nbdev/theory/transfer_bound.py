@@ -42,12 +42,12 @@ def class_cdnv(
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #11d71ff2
 def two_point_classes(
-    p: float,  # share of samples on the boundary, 0 < p < 1/2
+    share: float,  # x, of samples on the boundary, between 0 and 1/2
     denominator: int = 1000,  # samples a class
 ) -> tuple[Tensor, Tensor]:  # H (2 * denominator, 1) float64, y (2 * denominator,)
-    "Two classes on a line whose error attains Cantelli's bound. Raises `ValueError` for p outside (0, 1/2)."
-    if not 0 < p < 0.5: raise ValueError(f"p={p}: expected a share between 0 and 1/2")
-    ones = round(p * denominator)
+    "Two classes on a line whose error attains Cantelli's bound. Raises `ValueError` for a share out of range."
+    if not 0 < share < 0.5: raise ValueError(f"{share=}: expected a share between 0 and 1/2")
+    ones = round(share * denominator)
     half = 0.5 + 1e-9                                          # a little beyond the boundary, so that a tie is an error
     x = torch.full((denominator,), -ones / (denominator - ones) * half, dtype=torch.float64)
     x[:ones] = half                                                    # class 0 has mean 0, class 1 mean 1
@@ -62,8 +62,8 @@ def gaussian_few_shot_error(
     "Exact nearest-centre error for two isotropic Gaussian classes of equal variance."
     from scipy.stats import ncx2
     sigma = (cdnv / dim) ** 0.5                                        # Delta = 1
-    s_q, s_r = sigma * (1 + 0.5 / shots) ** 0.5, sigma * (2 / shots) ** 0.5
-    plus, minus = ((0.5 / s_q + sign / s_r) ** 2 / 2 for sign in (1, -1))
+    s_x, s_r = sigma * (1 + 0.5 / shots) ** 0.5, sigma * (2 / shots) ** 0.5
+    plus, minus = ((0.5 / s_x + sign / s_r) ** 2 / 2 for sign in (1, -1))
     x, weight = np.polynomial.legendre.leggauss(400)
     return float(np.sum(weight / 2 * ncx2.cdf(ncx2.ppf((x + 1) / 2, dim, minus), dim, plus)))
 
