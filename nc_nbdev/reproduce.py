@@ -44,10 +44,13 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "many_classes": "theory.many_classes",
     "minority_collapse": "theory.minority_collapse",
     "unconstrained_mse": "theory.unconstrained_mse",
+    "other_losses": "theory.other_losses",
     "perturbation": "theory.perturbation",
     "deep_unconstrained": "theory.deep_unconstrained",
     "local_elasticity": "theory.local_elasticity",
+    "data_aware": "theory.data_aware",
     "transfer_bound": "theory.transfer_bound",
+    "fresh_data": "theory.fresh_data",
     "plasticity": "neighbours.plasticity",
     "label_noise": "neighbours.label_noise",
 }

@@ -9,7 +9,6 @@ __all__ = ['CLAIMS', 'signal_and_noise', 'flat_direction', 'collapsed_layer', 'n
            'run_data_aware']
 
 # %% ../../nbs/theory/85_data_aware.ipynb #56959739
-
 import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import binom
