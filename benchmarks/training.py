@@ -4,8 +4,8 @@
     python benchmarks/training.py --scale 0.2    a fifth of the images
 
 All train the same network from the same start with the same optimiser, and take turns in one process. The least seconds
-of each count. The hand-written loop has its images in memory as normalised float32, in the memory format that we use. On
-a processor or card that multiplies bfloat16, the last line of each says what bf16 would gain.
+of each count. The hand-written loop has its images in memory as normalised float32, in the memory format that we use.
+On a processor or card that multiplies bfloat16, the last line of each says what bf16 would gain.
 """
 
 import argparse
