@@ -51,6 +51,8 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "data_aware": "theory.data_aware",
     "transfer_bound": "theory.transfer_bound",
     "fresh_data": "theory.fresh_data",
+    "graphs": "neighbours.graphs",
+    "convergence": "neighbours.convergence",
     "plasticity": "neighbours.plasticity",
     "label_noise": "neighbours.label_noise",
 }
