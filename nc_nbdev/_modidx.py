@@ -1005,6 +1005,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'nc_nbdev/theory/deep_unconstrained.py'),
                                                     'nc_nbdev.theory.deep_unconstrained.cascade_problem': ( 'theory/deep_unconstrained.html#cascade_problem',
                                                                                                             'nc_nbdev/theory/deep_unconstrained.py'),
+                                                    'nc_nbdev.theory.deep_unconstrained.class_gains': ( 'theory/deep_unconstrained.html#class_gains',
+                                                                                                        'nc_nbdev/theory/deep_unconstrained.py'),
                                                     'nc_nbdev.theory.deep_unconstrained.critical_strength': ( 'theory/deep_unconstrained.html#critical_strength',
                                                                                                               'nc_nbdev/theory/deep_unconstrained.py'),
                                                     'nc_nbdev.theory.deep_unconstrained.deep_minimum': ( 'theory/deep_unconstrained.html#deep_minimum',

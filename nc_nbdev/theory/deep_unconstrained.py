@@ -8,10 +8,11 @@ solution that beats collapse (`low_rank_solution`, after Súkeník et al. 2405.1
 
 # %% auto #0
 __all__ = ['CLAIMS', 'critical_strength', 'deep_problem', 'DeepMinimum', 'deep_minimum', 'layer_rates', 'cascade_problem',
-           'low_rank_solution', 'run_deep_unconstrained']
+           'class_gains', 'low_rank_solution', 'run_deep_unconstrained']
 
 # %% ../../nbs/theory/70_deep_unconstrained.ipynb #3ca8a139
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -109,6 +110,22 @@ def _rate_errors(problem, count, rate=0.2, first=1350, last=2250):
     law = np.array(layer_rates(problem)[:2])
     return abs(measured / law - 1).max(1), abs(measured / law[0] - 1).max(1)
 
+# %% ../../nbs/theory/70_deep_unconstrained.ipynb #8454ba4d
+def class_gains(
+    counts: Sequence[float],  # (K,) samples a class
+    decays: Sequence[float],  # of H, W_1 .. W_L
+) -> tuple[list[float], float]:  # own logit of each class, others are 0; value of the objective
+    "The minimum for unequal classes, squared error without bias (after Dang et al. 2023, 2301.00437)."
+    N, m, gains, value = sum(counts), len(decays), [], 0.0
+    scale = math.prod(decays) ** (1 / m)
+    for n in counts:
+        a = N * scale * n ** (1 / m - 1)
+        u = _gain(a, m) if a < critical_strength(m) else None
+        u = 0.0 if u is None else u
+        gains.append(u**m)
+        value += n / N * ((1 - u**m) ** 2 / 2 + m / 2 * a * u**2)
+    return gains, value
+
 # %% ../../nbs/theory/70_deep_unconstrained.ipynb #0e3388b1
 def low_rank_solution(
     nodes: int,             # r; there are K = r (r-1) / 2 classes
@@ -123,7 +140,7 @@ def low_rank_solution(
     problem = deep_problem(depth, relative, K, widths, per_class=2, lb=math.inf, relu=True)
     shapes = [edges.repeat_interleave(2, 0), *[eye(nodes)] * (depth - 2), edges - 0.5, eye(K)]
     costs = [d * A.square().sum().item() for d, A in zip(problem.decays, shapes, strict=True)]
-    stretch = (math.prod(costs) / 2 / math.prod(problem.decays)) ** (1 / m)  # K q
+    stretch = (math.prod(costs) / 2 / math.prod(problem.decays)) ** (1 / m)  # K theta
     level = _gain(stretch * problem.strength, m) ** 2 * math.prod(costs) ** (1 / m)  # of d |A|^2, for every factor
     return FreeFeatures.at(problem, *(math.sqrt(level / c) * A for A, c in zip(shapes, costs, strict=True)))
 
