@@ -8,18 +8,21 @@ What a training run on images is (`ImageRecipe`), the recipes of each scale (`PR
 __all__ = ['PRESETS', 'ImageRecipe', 'Preset', 'image_grid', 'image_base']
 
 # %% ../../nbs/vision/00_recipes.ipynb #3ea6a320
-import difflib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
+from ..geometry.etf import as_whole
 from ..lab.runs import set_seed
-from ..lab.settings import Settings, log_epochs, override
+from ..lab.settings import Settings, check_choice, check_number, log_epochs, override
 from .data import ImageData, seeded
 from .loaders import TensorLoader
 from .loaders import loaders as image_loaders
+from .models import model_names
 from .sources import dataset_names, load_dataset
 from .training import make_learner, prepare_data
 
@@ -60,25 +63,27 @@ class ImageRecipe:
     def __post_init__(self): _check_recipe(self)
 
 # %% ../../nbs/vision/00_recipes.ipynb #af8fa9a2
-_choices = dict(loss=("cross_entropy", "mse"), schedule=("step", "cosine", "constant"), augment=(None, "crop_flip"),
-                precision=("float32", "bf16"), memory_format=("contiguous", "channels_last"))
-_at_least = dict(epochs=1, batch_size=2, lr=0, momentum=0, weight_decay=0, imbalance=1, label_noise=0, warmup=0,
-                 measure_points=2, snapshots=0, seed=0, data_seed=0)
+_choices = dict(model=model_names, coarse=(None, "binary", "pairs", "animals_vehicles"), loss=("cross_entropy", "mse"),
+                schedule=("step", "cosine", "constant"), augment=(None, "crop_flip"), precision=("float32", "bf16"),
+                memory_format=("contiguous", "channels_last"))
+_whole = dict(epochs=1, batch_size=2, measure_points=2, snapshots=0, seed=0, data_seed=0, width=1, train_per_class=1,
+              test_per_class=1)                                          # whole numbers of at least these
+_real = dict(lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, math.inf), imbalance=(1, math.inf),
+             label_noise=(0, 1), warmup=(0, 1))                          # numbers between these
 
 def _check_recipe(recipe):
     "Raise `ValueError` for a field outside its range."
-    for name, allowed in _choices.items():
+    for name, allowed in _choices.items(): check_choice(name, getattr(recipe, name), allowed)
+    for name, least in _whole.items():
         value = getattr(recipe, name)
-        if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {allowed}")
-    for name, least in _at_least.items():
-        value = getattr(recipe, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name}={value!r}: expected a number of at least {least}")
-    for name in ("label_noise", "warmup"):
-        value = getattr(recipe, name)
-        if value > 1: raise ValueError(f"{name}={value}: expected a fraction between 0 and 1")
-    if any(not 0 < m < 1 for m in recipe.milestones) or list(recipe.milestones) != sorted(recipe.milestones):
-        raise ValueError(f"milestones={recipe.milestones}: expected increasing fractions of training between 0 and 1")
+        if value is not None or getattr(type(recipe), name) is not None: check_number(name, value, least, whole=True)
+    for name, bounds in _real.items(): check_number(name, getattr(recipe, name), *bounds)
+    if not isinstance(recipe.dataset, str): raise ValueError(f"dataset={recipe.dataset!r}: expected its name or folder")
+    if not np.iterable(recipe.classes) or any(as_whole(c) is None for c in recipe.classes):
+        raise ValueError(f"classes={recipe.classes!r}: expected labels, such as (0, 1, 7)")
+    milestones = recipe.milestones if np.iterable(recipe.milestones) else (2.0,)
+    if any(not 0 < m < 1 for m in milestones) or list(milestones) != sorted(milestones):
+        raise ValueError(f"milestones={recipe.milestones!r}: expected increasing fractions of training between 0 and 1")
 
 # %% ../../nbs/vision/00_recipes.ipynb #dac493e5
 @patch
@@ -167,9 +172,7 @@ def image_grid(
     for name in settings.datasets:
         known = name in dataset_names or name.startswith("templates-")
         if not (known or (folder / name).exists() or Path(name).exists()):
-            close = difflib.get_close_matches(name, dataset_names, n=1)
-            raise ValueError(f"datasets: {name!r} is unknown" + (f", did you mean {close[0]!r}?" if close else ".")
-                             + f" Known are {', '.join(dataset_names)}, and folders of images in {folder}")
+            check_choice("datasets", name, (*dataset_names, f"folders of images in {folder}"))
         chosen += [r for r in grid if r.dataset == name] or [replace(r, dataset=name) for r in main]
     return tuple(dict.fromkeys(override(r, settings.overrides) for r in chosen))
 
