@@ -1,0 +1,203 @@
+"The callbacks and the metric against `measure`, in real runs of the real packages."
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from small_net import Net, few_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nc_nbdev.lab.history import COLUMNS
+from nc_nbdev.lab.integrations import in_order
+from nc_nbdev.lab.report import measure
+
+
+@pytest.fixture(scope="module")
+def data(): return few_digits()
+
+
+@pytest.fixture(scope="module")
+def sets(data): return TensorDataset(data.x, data.y), TensorDataset(data.test_x, data.test_y)
+
+
+def test_nothing_is_imported_before_it_is_used():
+    code = ("import sys, nc_nbdev.lab.integrations\n"
+            "print(*[m for m in ('lightning', 'transformers', 'torchmetrics') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+
+
+@pytest.mark.parametrize("name, package", [("LightningCollapse", "lightning"), ("TrainerCollapse", "transformers"),
+                                           ("CollapseMetric", "torchmetrics")])
+def test_a_package_that_is_missing(name, package, monkeypatch):
+    import nc_nbdev.lab.integrations as module
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(vars(module), name, raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'nc_nbdev\[{package}\]'"): getattr(module, name)
+    with pytest.raises(AttributeError): module.Nothing  # noqa: B018
+
+
+def test_loaders_in_order(sets):
+    shuffled = DataLoader(sets[0], 100, shuffle=True, drop_last=True)
+    assert torch.equal(torch.cat([y for _, y in in_order(shuffled)]), sets[0].tensors[1])
+    plain = DataLoader(sets[0], 100)
+    assert in_order(plain) is plain and in_order(batches := [1]) is batches
+
+
+def same(history, report, epoch):
+    "The rows of an epoch are those of a report."
+    rows = history[history.epoch == epoch].set_index(["split", "layer", "measure"]).value.to_dict()
+    expected = report.frame.set_index(["split", "layer", "measure"]).value.to_dict()
+    assert rows.keys() == expected.keys()
+    assert rows == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+# -- Lightning ---------------------------------------------------------------------------------------------------------
+
+def lightning_run(sets, *callbacks, epochs=3):
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = Net()
+
+        def training_step(self, batch, i): return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        def validation_step(self, batch, i): pass
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    module, logger = Module(), Kept()
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], logger=logger.made(), enable_checkpointing=False,
+                        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    torch.manual_seed(1)
+    trainer.fit(module, DataLoader(sets[0], 100, shuffle=True), DataLoader(sets[1], 100))
+    return trainer, module, logger
+
+
+class Kept:
+    "What a logger was given."
+    def __init__(self): self.logged = {}
+
+    def made(self):
+        from lightning.pytorch.loggers.logger import DummyLogger
+        kept = self.logged
+        class Logger(DummyLogger):
+            def log_metrics(self, metrics, step=None): kept.setdefault(step, {}).update(metrics)
+        return Logger()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(sets):
+    from nc_nbdev.lab.integrations import LightningCollapse
+    watcher = LightningCollapse(layers="pool", every=2, condition="a", seed=3)
+    trainer, module, logger = lightning_run(sets, watcher)
+    history = watcher.history
+    assert tuple(history.columns) == COLUMNS and sorted(history.epoch.unique()) == [0, 2, 3]
+    assert set(history.condition) == {"a"} and set(history.seed) == {3} and set(history.split) == {"train", "test"}
+    same(history, measure(module.net, DataLoader(sets[0], 512), DataLoader(sets[1], 512), "pool"), 3)
+    logged = [step for step, values in logger.logged.items() if "collapse/train/pool/nc1_trace" in values]
+    assert len(logged) == 3 and 0 in logged
+    last = history.query("epoch == 3 and split == 'train' and measure == 'nc1_trace'").value.item()
+    assert trainer.callback_metrics["collapse/train/pool/nc1_trace"] == pytest.approx(last)
+    alone = lightning_run(sets)[1]                                # watching changes nothing
+    for p, q in zip(module.parameters(), alone.parameters(), strict=True): assert torch.equal(p, q)
+    pickle.dumps(LightningCollapse(layers="pool"))
+    with pytest.raises(ValueError, match="every=0"): LightningCollapse(every=0)
+
+
+# -- Hugging Face ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reporters", [False, True])
+def test_hugging_face(reporters, data, tmp_path):
+    import transformers
+
+    from nc_nbdev.lab.integrations import TrainerCollapse
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=10)
+    def fit(*callbacks):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), num_train_epochs=2, per_device_train_batch_size=100, report_to="none", use_cpu=True, seed=0,
+            save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        rows = lambda x, y: [dict(pixel_values=a, labels=b) for a, b in zip(x, y, strict=True)]
+        torch.manual_seed(0)
+        model, tests = transformers.ViTForImageClassification(config), rows(data.test_x, data.test_y)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows(data.x, data.y), eval_dataset=tests,
+                                       callbacks=[*callbacks])
+        if reporters and callbacks: callbacks[0].trainer = trainer
+        trainer.train()
+        return trainer
+    watcher = TrainerCollapse(layers="classifier:input")
+    trainer = fit(watcher)
+    assert sorted(watcher.history.epoch.unique()) == [0, 1, 2]
+    batches = [dict(pixel_values=x, labels=y) for x, y in ((data.x, data.y), (data.test_x, data.test_y))]
+    report = measure(trainer.model, batches[:1], batches[1:] if reporters else None, layers="classifier:input")
+    same(watcher.history, report, 2)
+    logged = [e for e in trainer.state.log_history if "collapse/train/classifier:input/nc1_trace" in e]
+    assert [e["epoch"] for e in logged] == [0, 1, 2] and [e["step"] for e in logged] == [0, 3, 6]
+    if not reporters:
+        for p, q in zip(trainer.model.parameters(), fit().model.parameters(), strict=True): assert torch.equal(p, q)
+
+
+# -- torchmetrics ------------------------------------------------------------------------------------------------------
+
+H, Y = torch.randn(120, 5, generator=torch.Generator().manual_seed(0)), torch.arange(120) % 4
+W, B = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(4)
+
+
+def direct(H=H, y=Y, head=(W, B)):
+    from nc_nbdev.geometry.measures import measure_features
+    return measure_features(H, y, num_classes=len(head[0]), head=head).to_dict()
+
+
+def agrees(found, expected):
+    for name in ("nc1_trace", "cdnv", "nc2_etf", "nc3_duality"):
+        assert found[name].item() == pytest.approx(expected[name])
+
+
+def head(): return W, B
+
+
+def test_metric():
+    import torchmetrics
+
+    from nc_nbdev.lab.integrations import CollapseMetric
+    metric = CollapseMetric(4, 5, head=head)
+    assert torch.isnan(metric(H[:1], Y[:1])["nc1_trace"])                     # one class: no distance between classes
+    metric.reset()
+    for h, y in zip(H.split(17), Y.split(17), strict=True): metric(h, y)
+    agrees(metric.compute(), direct())
+    a, b = CollapseMetric(4, 5, head=head), CollapseMetric(4, 5, head=head)
+    a.update(H[:50], Y[:50]); b.update(H[50:], Y[50:]); a.merge_state(b)
+    agrees(a.compute(), direct())
+    copy = pickle.loads(pickle.dumps(a))
+    agrees(copy.compute(), direct())
+    a.persistent(True)
+    other = CollapseMetric(4, 5, head=head)
+    other.persistent(True)
+    other.load_state_dict(a.state_dict())
+    assert torch.equal(other.state, a.state)
+    collection = torchmetrics.MetricCollection({"collapse": CollapseMetric(4, 5)})
+    collection.update(H, Y)
+    assert "nc1_trace" in " ".join(collection.compute()) and not any("nc3" in name for name in collection.compute())
+    some = CollapseMetric(9, 5, head=lambda: (torch.cat([W, W, W[:1]]), torch.zeros(9)))
+    some.update(H, Y)                                                         # five classes never occur
+    agrees(some.compute(), direct()); assert some.compute()["classes"] == 4
+    with pytest.raises(ValueError, match="labels run"): metric.update(H, Y + 1)
+    with pytest.raises(ValueError, match="features have shape"): metric.update(H[:, :3], Y)
+
+
+def _process(rank, folder):
+    from nc_nbdev.lab.integrations import CollapseMetric
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    metric = CollapseMetric(4, 5, head=head)
+    metric.update(H[rank::2], Y[rank::2])
+    agrees(metric.compute(), direct())                                        # torchmetrics synchronises
+    dist.destroy_process_group()
+
+
+def test_metric_over_processes(tmp_path): mp.spawn(_process, (str(tmp_path),), nprocs=2)
