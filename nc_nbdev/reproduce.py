@@ -28,7 +28,7 @@ from types import ModuleType
 
 import pandas as pd
 from .lab.claims import agreement, format_number, holm, load_claims, save_claims, scoreboard
-from .lab.runs import plan_table, planned, recipe_id, workers
+from .lab.runs import damaged_files, plan_table, planned, recipe_id, workers
 from .lab.settings import SCALES, Settings, check_choice, get_settings
 from .lab.studies import code_used
 
@@ -336,11 +336,20 @@ def main(
     parser.add_argument("--jobs", type=int, help="runs at once; default one a CPU core")
     parser.add_argument("--scheduler", metavar="TCP", help="address of a dask scheduler, whose workers do the runs")
     parser.add_argument("--plan", action="store_true", help="print what would be run and how long it takes")
+    parser.add_argument("--verify", action="store_true", help="print damaged files of runs and studies")
     parser.add_argument("--confirm", choices=SCALES, help="run what is registered for a scale, into results/")
     args = parser.parse_args(argv)
     try:
         with workers(args.jobs, args.scheduler): _command(args)
     except (ValueError, OSError, RuntimeError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
+
+
+def _verify(settings):
+    "Print the damaged files of runs and studies. Raises `SystemExit` with status 1 where there are any."
+    wrong = damaged_files(settings.runs_dir)
+    for row in wrong.itertuples(): print(f"{row.folder}: {row.problem}")
+    print(f"{settings.runs_dir}: {len(wrong) or 'no'} damaged files")
+    if len(wrong): raise SystemExit(1)
 
 
 def _command(args):
@@ -352,6 +361,7 @@ def _command(args):
         return
     settings = _settings(preset=args.preset, seeds=args.seeds, runs_dir=args.runs,
                          datasets=args.datasets and tuple(args.datasets))
+    if args.verify: return _verify(settings)
     names, out = study_names(args.studies), report_folder(settings, args.out)
     print(format_plan(plan(settings, names), names), flush=True)
     if args.plan: return

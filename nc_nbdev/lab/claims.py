@@ -148,12 +148,13 @@ class Claim:
     @property
     def measured(self) -> tuple[float, float, float]:
         "Centre, lower and upper end over seeds."
-        return seed_interval(self.values, self.interval)
+        return seed_interval(self.values, self.interval) if _usable(self.values, self.interval) else (math.nan,) * 3
 
     @property
     def control_measured(self) -> tuple[float, float, float]:
         "The same for the control."
-        return seed_interval(self.control_values, self.interval)
+        values = self.control_values
+        return seed_interval(values, self.interval) if _usable(values, self.interval) else (math.nan,) * 3
 
     @property
     def contrast(self) -> tuple[float, float, float]:
@@ -166,10 +167,16 @@ class Claim:
         return _verdict(self)
 
 # %% ../../nbs/lab/60_claims.ipynb #9d644b08
+def _usable(values, kind):
+    "Whether all numbers are finite, and have a logarithm where that is needed."
+    x = np.asarray(values)
+    return bool(np.isfinite(x).all() and (kind != "log-t" or (x > 0).all()))
+
+
 def _contrast(claim):
     "Centre and interval of treatment minus control; of their ratio on a log scale."
     x, c, log = np.array(claim.values), np.array(claim.control_values), claim.interval == "log-t"
-    if np.isnan(x).any() or np.isnan(c).any(): return (math.nan,) * 3
+    if not (_usable(x, claim.interval) and _usable(c, claim.interval)): return (math.nan,) * 3
     if claim.interval == "range":
         return float(np.median(x) - np.median(c)), float(x.min() - c.max()), float(x.max() - c.min())
     if claim.paired: return seed_interval(x / c if log else x - c, claim.interval)
@@ -214,6 +221,7 @@ def p_value(
 ) -> float:        # 1 where it cannot be had
     "The larger of the p-values against the bar and against the control. Raises `ValueError` for a range."
     if claim.interval == "range": raise ValueError(f"claim {claim.id}: a range has no p-value")
+    if claim.verdict == "not measured": return 1.0
     f = np.log if claim.interval == "log-t" else np.asarray
     sign = 1 if claim.direction == "at least" else -1
     x, c = f(np.array(claim.values)), f(np.array(claim.control_values))
@@ -283,9 +291,13 @@ def save_claims(
 def load_claims(
     path: str | Path,  # a file that `save_claims` wrote
 ) -> list[Claim]:      # the claims, verdicts recomputed
-    "Read claims back."
+    "Read claims back. Raises `ValueError` for a file that is damaged."
     derived = ("measured", "control_measured", "contrast", "verdict")
-    return [Claim(**{k: v for k, v in row.items() if k not in derived}) for row in json.loads(Path(path).read_text())]
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [Claim(**{k: v for k, v in row.items() if k not in derived}) for row in rows]
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: damaged, or of another version: no list of claims ({e})") from None
 
 
 def compare_scales(

@@ -38,7 +38,9 @@ def curves(
     for name in ("condition", "split"):
         if len(several := sorted(rows[name].unique())) > 1:
             raise ValueError(f"{measure!r}: several fit, say which {name}: {several}")
-    return rows.pivot(index="epoch", columns="seed", values="value")
+    seeds = sorted(history.seed[history.condition == rows.condition.iloc[0]].unique())
+    table = rows.pivot(index="epoch", columns="seed", values="value")
+    return table.reindex(columns=pd.Index(seeds, name="seed"))                # NaN for a seed without numbers
 
 # %% ../../nbs/lab/10_history.ipynb #444b747a
 def tpt_start(
@@ -69,9 +71,9 @@ def final(
     last: int = 3,        # snapshots to average, so that no verdict rests on one
     log: bool = False,    # geometric mean
 ) -> np.ndarray:          # (seeds,)
-    "The mean of the last measured values, by seed."
+    "The mean of the last values, by seed; NaN where one of them was not measured."
     end = table.iloc[-last:]
-    return (np.exp(np.log(end).mean()) if log else end.mean()).to_numpy()
+    return (np.exp(np.log(end).mean(skipna=False)) if log else end.mean(skipna=False)).to_numpy()
 
 # %% ../../nbs/lab/10_history.ipynb #98fcd8e8
 def fall(
@@ -99,14 +101,15 @@ def late_slope(
     layer: str | None = None,       # as in `curves`
     condition: str | None = None,   # as in `curves`
     start: pd.Series | None = None,  # an epoch a seed, default `tpt_start`
-) -> np.ndarray:                    # (seeds,); NaN with fewer than three measured epochs
+) -> np.ndarray:                    # (seeds,); NaN with fewer than three measured epochs, or where one has no logarithm
     "The slope of log value against log epoch in the second half of the terminal phase, by seed."
     table = curves(history, measure, split, layer, condition)
     start = tpt_start(history, condition=condition) if start is None else start
     def slope(seed):
         half = np.sqrt(start.get(seed, np.nan) * table.index[-1])
-        late = table[seed][table.index >= half].dropna()
-        return np.polyfit(np.log(late.index), np.log(late), 1)[0] if len(late) > 2 else np.nan
+        late = table[seed][table.index >= half]
+        fits = len(late) > 2 and (late > 0).all() and np.isfinite(late).all()
+        return np.polyfit(np.log(late.index), np.log(late), 1)[0] if fits else np.nan
     return np.array([slope(seed) for seed in table])
 
 # %% ../../nbs/lab/10_history.ipynb #d04d2cd6

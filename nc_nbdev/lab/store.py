@@ -161,7 +161,7 @@ def set_aside(
     try: return (self.folder / name).rename(target)
     except OSError as e: raise DamagedFile(f"{self.folder / name}: cannot be set aside ({e})") from e
 
-# %% ../../nbs/lab/05_store.ipynb #5c5964b5
+# %% ../../nbs/lab/05_store.ipynb #fca44f6f
 @patch
 def sound(
     self: Entry,
@@ -179,7 +179,7 @@ def sound(
             except DamagedFile as e: _aside(self, name, e); return False
     except OSError as e: raise DamagedFile(f"{damaged}; it cannot be set aside ({e})") from e
 
-# %% ../../nbs/lab/05_store.ipynb #ea4fd8f2
+# %% ../../nbs/lab/05_store.ipynb #7cffea58
 @patch
 def whole(
     self: Entry,
@@ -197,6 +197,18 @@ def whole(
     if any(seen.get(name) != now for name, now in found.items()):
         with suppress(OSError), atomic(note) as draft: draft.write_text(json.dumps({**seen, **found}))
     return len(found) == len(names)
+
+@patch
+def tidy(
+    self: Entry,
+):
+    "Remove the drafts of killed processes, and forget files that are no longer there."
+    with self.lock("manifest"):
+        for draft in self.folder.glob(".*.draft"): draft.unlink(missing_ok=True)
+        known = self.manifest() if _readable(self) else {}
+        kept = {name: digests for name, digests in known.items() if os.path.lexists(self.folder / name)}
+        if kept == known: return
+        with atomic(self.folder / "manifest.json") as draft: draft.write_text(json.dumps(kept, indent=1))
 
 @patch
 def check(
@@ -266,7 +278,7 @@ def read_tensors(
     "Read tensors back; nothing else is unpickled. Raises as `Entry.path` does."
     return torch.load(self.path(name), map_location=device, weights_only=True)
 
-# %% ../../nbs/lab/05_store.ipynb #2c2fadeb
+# %% ../../nbs/lab/05_store.ipynb #903483c9
 @patch
 def cached(
     self: Entry,

@@ -17,13 +17,14 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from .claims import Claim, Statement, load_claims, save_claims, scoreboard
 from .figures import to_png
 from .history import COLUMNS
-from .runs import Run, get_runs
+from .runs import Run, TrainingEnded, Waiting, get_runs
 from .settings import Settings, get_settings
-from .store import Entry
+from .store import DamagedFile, Entry
 
 # %% ../../nbs/lab/70_studies.ipynb #a85e7952
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ def study(
             compute = lambda: _compute(name, title, statements, measure, settings, progress)
             if measure.__module__ == "__main__": return compute()
             entry = _entry(name, measure.__module__, settings)
-            with entry.lock():                    # who comes second waits, and reads
-                if not entry.sound("result.json"): _write(entry, compute())
+            if _kept(entry): return _read(entry)
+            with Waiting(lambda: f"study {name}: another process computes it", progress).lock(entry):
+                if not _kept(entry): _write(entry, compute())
                 return _read(entry)
         run.name, run.title, run.statements, run.measure = name, title, statements, measure
         return run
@@ -87,7 +89,8 @@ def study(
 def _compute(name, title, statements, measure, settings, progress):
     "Run a study's function; its numbers become claims."
     with plt.style.context("nc_nbdev.house"):
-        found = measure(settings, progress)
+        try: found = measure(settings, progress)
+        except TrainingEnded as e: found = Measured({}, notes={s.id: str(e) for s in statements})
         figures = {n: to_png(fig) for n, fig in found.figures.items()}
     for fig in found.figures.values(): plt.close(fig)
     history = pd.DataFrame(columns=list(COLUMNS)) if found.history is None else found.history
@@ -104,10 +107,18 @@ def _claims(name, statements, found, scale):
         for id in [i for i in found.values if i.partition(".")[0] == s.id] or [s.id]:
             values, control = found.values.get(id) or none
             label = found.labels.get(id.partition(".")[2], id.partition(".")[2])
-            claim = s.claim(values, control, study=name, scale=scale, note=found.notes.get(id, ""))
+            note = found.notes.get(id) or (_gaps(values, control, s.interval) if id in found.values else "")
+            claim = s.claim(values, control, study=name, scale=scale, note=note)
             if label: claim = replace(claim, id=id, statement=f"{s.statement} ({label})", primary=False)
             claims.append(claim)
     return claims
+
+
+def _gaps(values, control, interval):
+    "Which of the numbers of a claim are missing or infinite, or have no logarithm, as a note."
+    bad = lambda v: not np.isfinite(v) or interval == "log-t" and v <= 0
+    text = lambda what, x: [f"{what} {i + 1} of {len(x)} is {v}" for i, v in enumerate(x) if bad(v)]
+    return "; ".join(text("number", np.ravel(values)) + text("control", np.ravel(control)))
 
 # %% ../../nbs/lab/70_studies.ipynb #8934a963
 def imported_modules(
@@ -149,13 +160,22 @@ def _entry(name, module, settings):
     return Entry(Path(settings.runs_dir) / "studies" / f"{name}-{settings.preset}-{digest.hexdigest()[:16]}")
 
 
+def _kept(entry):
+    "Whether the result of a study is kept and all its files are whole; damaged ones are set aside."
+    if not entry.sound("result.json"): return False
+    said = entry.read_json("result.json")
+    if said["entry"] != entry.folder.name: raise DamagedFile(f"{entry.folder}: holds the result {said['entry']}")
+    return entry.whole(["result.json", "claims.json", "history.parquet", *(f"{n}.png" for n in said["figures"])])
+
+
 def _write(entry, result):
     "Keep a result; result.json last, so that its presence means that the result is whole."
     with entry.write("claims.json") as draft: save_claims(result.claims, draft)
     entry.write_table("history.parquet", result.history)
     for name, png in result.figures.items():
         with entry.write(f"{name}.png") as draft: draft.write_bytes(png)
-    entry.write_json("result.json", dict(name=result.name, title=result.title, figures=list(result.figures)))
+    said = dict(entry=entry.folder.name, name=result.name, title=result.title, figures=list(result.figures))
+    entry.write_json("result.json", said)
 
 
 def _read(entry):
