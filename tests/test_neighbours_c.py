@@ -1,4 +1,4 @@
-"""Systems of the room neighbours: label noise and plasticity."""
+"""Systems of the room neighbours: label noise, plasticity, complexity of features, few shots, margins."""
 
 import math
 from dataclasses import replace
@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nc_nbdev.geometry.etf import simplex_etf
 from nc_nbdev.lab.runs import SeedEachEpoch, set_seed
+from nc_nbdev.neighbours import feature_complexity as fc
+from nc_nbdev.neighbours import few_shot as fs
 from nc_nbdev.neighbours import label_noise as ln
+from nc_nbdev.neighbours import margins as mg
 from nc_nbdev.neighbours import plasticity as pl
 
 quick = settings(max_examples=20, deadline=None)
@@ -106,6 +110,151 @@ def test_noisy_digits_keep_the_right_labels():
     wrong = noisy[1] != noisy[2]
     assert 0.1 < wrong.double().mean() < 0.3                        # a fifth redrawn, a tenth of which to the same
     assert torch.equal(clean[0], noisy[0][~wrong]) and torch.equal(clean[1], clean[2])
+
+
+# --- margins
+
+
+@quick
+@given(st.integers(2, 6), st.integers(1, 9), st.floats(0.01, 30), st.integers(0, 10**6))
+def test_cross_entropy_bounds_the_smallest_margin(K, N, scale, seed):
+    g = torch.Generator().manual_seed(seed)
+    z, y = scale * torch.randn(N, K, generator=g, dtype=f64), torch.randint(K, (N,), generator=g)
+    own = z.gather(1, y[:, None]).squeeze(1)
+    margin = (own - z.scatter(1, y[:, None], -torch.inf).amax(1)).min().item()
+    loss = F.cross_entropy(z, y).item()
+    if loss < 1e-12: return
+    low, high = mg.margin_bounds(loss, N, K)
+    assert low <= margin + 1e-6 and margin <= high + 1e-6
+
+
+def test_both_ends_of_the_margin_bounds_are_attained():
+    for m in (-2.0, 0.5, 8.0):
+        z = torch.tensor([[m, 0.0, 0.0], [m, 0.0, 0.0]], dtype=f64)             # all other classes equal
+        assert mg.margin_bounds(F.cross_entropy(z, torch.tensor([0, 0])).item(), 2, 3)[1] == pytest.approx(m)
+        z = torch.tensor([[m, 0.0, -200.0], [900.0, 0.0, 0.0]], dtype=f64)      # one sample has the whole loss
+        assert mg.margin_bounds(F.cross_entropy(z, torch.tensor([0, 0])).item(), 2, 3)[0] == pytest.approx(m)
+
+
+@quick
+@given(st.integers(2, 6), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+def test_collapse_is_the_largest_margin(K, n, near, seed):
+    g, y = torch.Generator().manual_seed(seed), torch.arange(K).repeat_interleave(n)
+    W = simplex_etf(K, K + 1, seed=1)
+    assert mg.normalised_margin(3 * W[y], 0.1 * W, y) == pytest.approx(K / (K - 1))
+    noise = 0.3 if near else 10.0
+    H, V = (A + noise * torch.randn(A.shape, generator=g, dtype=f64) for A in (W[y], W))
+    assert mg.normalised_margin(H, V, y) < K / (K - 1)
+
+
+@quick
+@given(st.integers(2, 6), st.integers(0, 3), st.integers(0, 10**6))
+def test_permuting_the_vertices_is_a_rotation(K, spare, seed):
+    W, g = simplex_etf(K, K - 1 + spare, seed=2), torch.Generator().manual_seed(seed)
+    order = torch.randperm(K, generator=g)
+    Q = mg.vertex_rotation(W, order)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(len(Q), dtype=f64))
+    torch.testing.assert_close(W @ Q, W[order])
+    with pytest.raises(ValueError, match="not a simplex"):
+        mg.vertex_rotation(torch.diag(torch.tensor([1.0, 2, 3], dtype=f64)), torch.tensor([1, 2, 0]))
+
+
+def test_another_alignment_is_another_start():
+    "Training with permuted vertices is training with a rotated last layer, to rounding."
+    W, order = simplex_etf(3, 4, seed=3), torch.tensor([1, 2, 0])
+    Q = mg.vertex_rotation(W, order)
+    x, y = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=f64), torch.arange(12) % 3
+    ends = []
+    for vertices, first in ((W[order], torch.eye(4, dtype=f64)), (W, Q), (W, torch.eye(4, dtype=f64))):
+        torch.manual_seed(1)
+        body = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).double()
+        with torch.no_grad():
+            for p in body[-1].parameters(): p.copy_(first @ p)
+        optimiser = torch.optim.SGD(body.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+        for _ in range(40):
+            optimiser.zero_grad()
+            F.cross_entropy(body(x) @ vertices.T, y).backward()
+            optimiser.step()
+        ends.append((body(x) @ vertices.T).detach())
+    assert (ends[0] - ends[1]).abs().max() < 1e-9 < 1e-2 < (ends[0] - ends[2]).abs().max()
+    for wrong in ((0.0, 3, 4), (1.0, 0, 4), (1.0, 3, 1)):
+        with pytest.raises(ValueError, match="expected loss > 0"): mg.margin_bounds(*wrong)
+
+
+# --- complexity of features
+
+
+def layer(A, B, x): return F.relu(x @ A[:, :-1].T + A[:, -1]) @ B.T
+
+
+def copied(units, copies, stretch, seed):
+    "A random layer, and one that computes the same with `copies` of every unit, of other scales if `stretch`."
+    g = torch.Generator().manual_seed(seed)
+    A, B, x = (torch.randn(*shape, generator=g, dtype=f64) for shape in ((units, 5), (3, units), (40, 4)))
+    index = torch.arange(units).repeat(copies)[torch.randperm(units * copies, generator=g)]
+    scale = 0.5 + 2 * torch.rand(units * copies, generator=g, dtype=f64)
+    if not stretch: scale = torch.ones_like(scale)
+    return (A, B), (A[index] * scale[:, None], B[:, index] / scale / copies), x
+
+
+@quick
+@given(st.integers(2, 6), st.integers(1, 4), st.booleans(), st.integers(0, 10**6))
+def test_merging_undoes_copies(units, copies, stretch, seed):
+    few, many, x = copied(units, copies, stretch, seed)
+    torch.testing.assert_close(layer(*many, x), layer(*few, x))
+    path = {len(A): (A, B) for A, B in fc.merging_path(*many)}
+    assert list(path) == list(range(units * copies, 0, -1))
+    torch.testing.assert_close(layer(*path[units], x), layer(*few, x), rtol=1e-6, atol=1e-6)
+    if not stretch and copies != 3:          # of three equal units it merges two: their sum is far from the third
+        merged = fc.iterative_merging(*many, 1e-9)
+        assert len(merged[0]) == units
+        torch.testing.assert_close(layer(*merged, x), layer(*few, x), rtol=1e-6, atol=1e-6)
+
+
+def test_merging_keeps_different_units_and_stops_at_the_threshold():
+    few, _, x = copied(6, 1, False, 3)
+    A, B = fc.iterative_merging(*few, 0.0)
+    assert torch.equal(A, few[0]) and torch.equal(B, few[1])
+    sizes = [len(fc.iterative_merging(*few, t)[0]) for t in (0.0, 0.3, 0.6, 1.0)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 6 and sizes[-1] < 6
+    with pytest.raises(ValueError, match="between 0 and 1"): fc.iterative_merging(*few, -0.1)
+
+
+def test_complexity_is_where_the_accuracy_falls():
+    few, many, x = copied(4, 3, True, 1)
+    steps = {k: 1.0 if k >= 4 else 0.995 if k >= 3 else 0.5 for k in range(1, 13)}
+    assert fc.path_complexity(*many, lambda A, B: steps[len(A)]) == 3
+    assert fc.path_complexity(*many, lambda A, B: steps[len(A)], drop=0.0) == 4
+    assert fc.path_complexity(*many, lambda A, B: 1.0) == 1
+
+
+# --- few shots
+
+
+@quick
+@given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 10**6))
+def test_prototypes_are_a_linear_classifier(K, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    shots, queries = torch.randn(K, n, 6, generator=g, dtype=f64), torch.randn(7, 6, generator=g, dtype=f64)
+    means = torch.stack([s.mean(0) for s in shots])
+    z = fs.prototype_logits(shots, queries)
+    slow = torch.tensor([[-sum((a - b) ** 2 for a, b in zip(q, m, strict=True)) for m in means.tolist()]
+                         for q in queries.tolist()], dtype=f64)
+    torch.testing.assert_close(z, slow, rtol=1e-5, atol=1e-5)
+    linear = queries @ (2 * means).T - means.square().sum(1)
+    torch.testing.assert_close(z.softmax(1), linear.softmax(1), rtol=1e-5, atol=1e-5)
+
+
+def test_episodes_have_ten_images_of_each_of_five_letters():
+    recipe = fs.FewShotLetters(steps=3)
+    y = torch.arange(20).repeat(12)
+    X = y.float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)             # an image says its letter
+    for x, queries in recipe.batches((X, y), 1):
+        letters = x[:, 0, 0, 0].view(5, 10)
+        assert (letters == letters[:, :1]).all() and len(letters[:, 0].unique()) == 5
+        assert queries.tolist() == [c for c in range(5) for _ in range(5)]
+    again = [x for x, _ in recipe.batches((X, y), 1)]
+    assert torch.equal(again[-1], x) and not torch.equal(again[0], again[1])
 
 
 # --- plasticity
