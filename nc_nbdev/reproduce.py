@@ -55,6 +55,9 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "convergence": "neighbours.convergence",
     "plasticity": "neighbours.plasticity",
     "label_noise": "neighbours.label_noise",
+    "feature_complexity": "neighbours.feature_complexity",
+    "few_shot": "neighbours.few_shot",
+    "margins": "neighbours.margins",
 }
 
 # %% ../nbs/reproduce.ipynb #82d8ebbf

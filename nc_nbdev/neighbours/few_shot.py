@@ -7,7 +7,7 @@ Few shots: prototypical networks (Snell et al. 1703.05175) trained by episodes o
 # %% auto #0
 __all__ = ['CLAIMS', 'prototype_logits', 'FewShotLetters', 'run_few_shot']
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #b8da08a5
+# %% ../../nbs/neighbours/85_few_shot.ipynb #adba3e2c
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -26,7 +26,7 @@ from .apparatus import SystemRecipe, collapse_rows
 from ..vision.data import seeded
 from ..vision.sources import font_letters
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #9c926a31
+# %% ../../nbs/neighbours/85_few_shot.ipynb #9591eacb
 def prototype_logits(
     shots: Tensor,    # (K, n, D) features of the examples, by class
     queries: Tensor,  # (N, D) features
@@ -34,7 +34,7 @@ def prototype_logits(
     "Minus the squared distance of queries to the class means of the shots (Snell et al. 2017, 1703.05175)."
     return -torch.cdist(queries, shots.mean(1)).square()
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #e6c36725
+# %% ../../nbs/neighbours/85_few_shot.ipynb #e18be279
 @cache
 def _letters(seed): return font_letters(12, 60, "ABCDEFGHIJKLMNOPQRSTUVWXYZ", seed)
 
@@ -74,7 +74,7 @@ class FewShotLetters(SystemRecipe):
         return F.cross_entropy(prototype_logits(H[:, :5], H[:, 5:].flatten(0, 1)), y)
     def measures(self, model, batches): return _letter_rows(model, batches)
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #a52a8eba
+# %% ../../nbs/neighbours/85_few_shot.ipynb #94e6ceb2
 def _pick(images, labels, letters):
     "The images of some letters, labelled 0, 1, ... in the order of `letters`."
     table = torch.full((26,), -1)
@@ -103,7 +103,7 @@ def _letter_rows(model, batches):
         yield split, "features", "five_shot_accuracy", few_shot(task, 5)
         if K == 20: yield split, "features", "accuracy", (model(x).argmax(1) == y).double().mean()
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #b8e3f12a
+# %% ../../nbs/neighbours/85_few_shot.ipynb #8afc5c43
 _MEDEPALLI = "Medepalli, Doraiswamy 2023, abstract of 2310.00451"
 CLAIMS = (
     Statement("nj1", "Features trained by episodes have a trend towards collapse", "NC1 untrained / trained",
@@ -117,7 +117,7 @@ CLAIMS = (
               "fresh images of trained letters", at_least=2.0, interval="log-t", source="ours",
               reason="twice the spread"))
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #7aae273d
+# %% ../../nbs/neighbours/85_few_shot.ipynb #942b8eba
 def _conditions():
     "Condition -> recipe."
     base = FewShotLetters()
@@ -139,7 +139,7 @@ def _figure(history):
     axes[1].legend(fontsize=7)
     return fig
 
-# %% ../../nbs/neighbours/85_few_shot.ipynb #b95b812c
+# %% ../../nbs/neighbours/85_few_shot.ipynb #b82098aa
 @study("few_shot", "Few shots: collapse without a classifier", CLAIMS)
 def run_few_shot(
     settings=None,   # scale, seeds and folders, default those of settings.ini
