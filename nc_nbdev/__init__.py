@@ -26,8 +26,10 @@ Modules:
 - `nc_nbdev.lab.studies`: A study declares its claims first. One decorator does what all studies need: it reads the settings, computes the verdicts, and keeps the result until the code that the study uses changes.
 - `nc_nbdev.lab.taps`: Take the features of any layer of any network while it runs, as vectors.
 - `nc_nbdev.neighbours.apparatus`: A recipe of ten lines for anything that has tensors, a network and a loss: trained, measured and kept as image runs are.
+- `nc_nbdev.neighbours.convergence`: Where training with weight decay has come to rest, the weights of every layer can be computed from its inputs and gradients. For the last layer of a collapsed network this is NC3.
 - `nc_nbdev.neighbours.feature_complexity`: Collapse makes samples of a class alike. Do the units of a layer become alike too, so that a wide layer holds few different features?
 - `nc_nbdev.neighbours.few_shot`: A network that learns from small tasks, each with other classes, never has a fixed classifier. Do its features collapse?
+- `nc_nbdev.neighbours.graphs`: The nodes of a graph are classified by their neighbours. Their features collapse only in part, and exact collapse asks more of a graph than chance gives.
 - `nc_nbdev.neighbours.label_noise`: A network that memorises wrong labels loses collapse where it was not wrong: on clean test images. How much, and does label smoothing help?
 - `nc_nbdev.neighbours.margins`: All train samples are right, and training goes on. The margin grows and test accuracy may grow with it: is that why training longer helps?
 - `nc_nbdev.neighbours.plasticity`: A network that is trained on one task after another learns new tasks worse and worse. Does it collapse less, too?

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry.statistics import ClassStatistics
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure
 from ..lab.history import curves, final
