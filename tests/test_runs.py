@@ -95,7 +95,7 @@ def test_kept_weights(done):
     run, _ = done
     features, labels = run.features(0, split="test")
     assert labels.shape == (100,) and all(len(H) == 100 for H in features.values())
-    with pytest.raises(ValueError, match="no weights of epoch 5; kept are"): run.model(5)
+    with pytest.raises(ValueError, match="no weights of epoch 7; kept are"): run.model(7)
 
 
 @pytest.mark.parametrize("name", ["history.parquet", f"weights-{snapshot_epochs(RECIPE)[-1]:04d}.pth"])
