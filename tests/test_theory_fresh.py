@@ -1,6 +1,7 @@
 """Other losses, shallow networks on data, and fresh data, against independent computations; one letter, one meaning."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from scipy.optimize import linprog
 
 from nc_nbdev.geometry.statistics import ClassStatistics
 from nc_nbdev.theory import data_aware as da
+from nc_nbdev.theory import deep_unconstrained as deep
 from nc_nbdev.theory import fresh_data as fd
 from nc_nbdev.theory import other_losses as ol
 from nc_nbdev.theory.free_features import FreeFeatures, Problem
@@ -27,7 +29,7 @@ sizes = st.integers(3, 5), st.integers(0, 1), st.integers(1, 3)
 
 # other losses
 
-@quick
+@settings(max_examples=3, deadline=None)
 @given(*sizes, decay, decay, st.integers(0, 99), st.floats(0.1, 2))
 def test_no_point_lies_below_the_minimum_of_a_loss_and_the_solution_attains_it(K, spare, n, lw, lh, seed, scale):
     problem = Problem(K, K - 1 + spare, n, lw, lh, 0.0)
@@ -87,6 +89,18 @@ def test_probability_of_noise_is_a_probability_and_rises_with_the_dimension():
         assert values == sorted(values) and values[n - 1] == 0 < values[n] and values[K * n - 1] < 1 == values[K * n]
 
 
+# unequal classes
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_unequal_gains_against_a_search_over_each_class(depth):
+    counts, decays = (300, 40, 6), [0.004, 0.001, 0.002, 0.003][: depth + 1]
+    gains, value = deep.class_gains(counts, decays)
+    N, m, u = sum(counts), depth + 1, np.linspace(0, 1.1, 200_001)
+    cost = [n / (2 * N) * (1 - u**m) ** 2 + m / 2 * (math.prod(decays) * n) ** (1 / m) * u**2 for n in counts]
+    assert value == pytest.approx(sum(c.min() for c in cost), rel=1e-8)
+    assert gains == pytest.approx([u[c.argmin()] ** m for c in cost], abs=1e-4)
+
+
 # fresh data
 
 @quick
@@ -101,6 +115,16 @@ def test_fresh_bound_holds_whatever_moves(K, D, spread, push, seed):
     w = [fd.transport(H[y == c], fresh[y == c]) for c in range(K)]
     stats = ClassStatistics.from_features(H, y, num_classes=K)
     assert class_cdnv(fresh, y) <= fd.fresh_cdnv_bound(stats, w) * (1 + 1e-9)
+
+
+def test_fresh_bound_is_attained_by_classes_that_spread():
+    "Deviations grow by a half: the root of the variance grows by exactly the distance moved."
+    y = torch.arange(2).repeat_interleave(20)
+    E = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(2, 20, 3)
+    E, far = (E - E.mean(1, keepdim=True)).flatten(0, 1), 1e6 * y[:, None] * torch.ones(3, dtype=torch.float64)
+    w = [0.5 * E[y == c].square().sum(1).mean().sqrt().item() for c in (0, 1)]
+    bound = fd.fresh_cdnv_bound(ClassStatistics.from_features(far + E, y, num_classes=2), w)
+    assert class_cdnv(far + 1.5 * E, y) == pytest.approx(bound, rel=1e-4)
 
 
 def test_transport_on_a_line_pairs_in_order():
