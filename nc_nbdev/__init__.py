@@ -9,6 +9,7 @@ Modules:
 - `nc_nbdev.geometry.measures`: One call gives every measure of collapse that your features, statistics and classifier allow. A measure that cannot be computed is `None`, with the reason.
 - `nc_nbdev.geometry.nearest_centre`: At collapse the network answers with the class whose train mean is nearest. How often do the two rules differ, and how good is the simple one?
 - `nc_nbdev.geometry.ood`: Features of images from no class at all: their mean becomes orthogonal to every class mean.
+- `nc_nbdev.geometry.regression`: When targets are numbers, features collapse to a few directions. Three measures, from one pass.
 - `nc_nbdev.geometry.statistics`: `ClassStatistics` reads features once, batch by batch, and keeps what every measure of collapse needs: a count, a mean and a spread for each class.
 - `nc_nbdev.geometry.variability`: Four numbers for one question: how small is the spread of features around their class means, compared with the distance between the means?
 - `nc_nbdev.lab.claims`: A claim is stated before it is measured: the quantity, the bar, and the control that must not pass the bar. The verdict is computed.
@@ -19,6 +20,7 @@ Modules:
 - `nc_nbdev.lab.many_machines`: Runs go to the workers of a cluster. One measure over data that is divided among processes equals the measure in one process.
 - `nc_nbdev.lab.probes`: A linear probe that states how features are prepared, chooses its penalty on held-out data and is solved to its optimum; and three other ways to ask.
 - `nc_nbdev.lab.recorder`: One callback for any fastai `Learner`: collapse of every tapped layer, on train and test, as training goes on.
+- `nc_nbdev.lab.regression`: The same call measures a network that predicts numbers: `nc.measure(model, train_dl, test_dl)`.
 - `nc_nbdev.lab.report`: Every measure of collapse for any network and any loader: `measure(model, train_dl, test_dl)`.
 - `nc_nbdev.lab.runs`: A run is trained once. When you ask for it again it is read from disk. A run that was cut off goes on where it stopped.
 - `nc_nbdev.lab.settings`: One file says at what scale the studies run, with how many seeds, on which device, and where data and runs are kept.
@@ -27,12 +29,15 @@ Modules:
 - `nc_nbdev.lab.taps`: Take the features of any layer of any network while it runs, as vectors.
 - `nc_nbdev.neighbours.apparatus`: A recipe of ten lines for anything that has tensors, a network and a loss: trained, measured and kept as image runs are.
 - `nc_nbdev.neighbours.convergence`: Where training with weight decay has come to rest, the weights of every layer can be computed from its inputs and gradients. For the last layer of a collapsed network this is NC3.
+- `nc_nbdev.neighbours.feature_collapse`: Words that play the same role in a task get the same vector. When does this happen, and does the network then understand new sentences?
 - `nc_nbdev.neighbours.feature_complexity`: Collapse makes samples of a class alike. Do the units of a layer become alike too, so that a wide layer holds few different features?
 - `nc_nbdev.neighbours.few_shot`: A network that learns from small tasks, each with other classes, never has a fixed classifier. Do its features collapse?
 - `nc_nbdev.neighbours.graphs`: The nodes of a graph are classified by their neighbours. Their features collapse only in part, and exact collapse asks more of a graph than chance gives.
 - `nc_nbdev.neighbours.label_noise`: A network that memorises wrong labels loses collapse where it was not wrong: on clean test images. How much, and does label smoothing help?
+- `nc_nbdev.neighbours.long_tailed`: When some classes have few samples their features do not collapse to a simplex. Regularisers or a fixed head bring the shape back, and accuracy with it. They are here for anyone's training.
 - `nc_nbdev.neighbours.margins`: All train samples are right, and training goes on. The margin grows and test accuracy may grow with it: is that why training longer helps?
 - `nc_nbdev.neighbours.plasticity`: A network that is trained on one task after another learns new tasks worse and worse. Does it collapse less, too?
+- `nc_nbdev.neighbours.regression`: Networks that predict numbers collapse too: to as many directions as there are numbers, in the last layer and below.
 - `nc_nbdev.paper.cascade`: Do the layers before the last collapse too, how much, and in what order?
 - `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn. Do train features collapse all the same?
 - `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: a picture of collapse that you can turn with the mouse.

@@ -107,9 +107,10 @@ def _measure(self: CollapseRecorder, epoch):
     except ValueError as e:
         if not self.rows: raise         # the call is wrong, not the training
         return self._add([], epoch, [str(e)])
-    reasons = [why for split in report.measures.values() for m in split.values() for why in m.reasons.values()]
+    classes = getattr(report, "measures", {})        # a report on regression has none
+    reasons = [why for split in classes.values() for m in split.values() for why in m.reasons.values()]
     self._add(report.frame.to_dict("records"), epoch, [*reasons, *report.notes])
-    nc1 = report.measures["train"][report.layers[-1]].nc1_trace
+    nc1 = classes["train"][report.layers[-1]].nc1_trace if classes else None
     self.status = "" if nc1 is None else f"NC1 {nc1:.3g}"
     bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
     if bar is not None: bar.main_bar.comment = self.status

@@ -29,6 +29,7 @@ from ..geometry.generalization import TestCollapse, test_collapse, test_collapse
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
+from .regression import RegressionReport, measure_regression, number_targets
 from nc_nbdev.lab.taps import (
     check_layers,
     head_name,
@@ -414,7 +415,7 @@ def measure(
     next_token: bool = False,                           # labels (B, T): each position has the label of the next
     ignore_index: int = -100,                           # samples or tokens with this label are left out
     absent: str | None = None,                          # classes without samples: "error", or (tokens) "leave out"
-) -> CollapseReport:
+) -> CollapseReport | RegressionReport:   # the second where the labels are numbers to predict
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
     if absent not in (None, "error", "leave out"):
         raise ValueError(f"absent={absent!r}: expected 'error' or 'leave out'")
@@ -429,7 +430,11 @@ def measure(
     if tied: given = tuple({tied.layer} & {*layers})
     run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
                   keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading)
-    passes = {"train": run(train_dl, class_counts=class_counts)} | {n: run(tests[n]) for n in tests if n not in bases}
+    try: passes = {"train": run(train_dl, class_counts=class_counts)}
+    except ValueError:
+        if not number_targets(train_dl, model, batch): raise
+        return measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
+    passes |= {n: run(tests[n]) for n in tests if n not in bases}
     for n, base in bases.items():
         passes[n] = run(tests[n], reference=passes[base].statistics, classes=passes[base].classes)
     train = replace(passes["train"], head_layers=given or passes["train"].head_layers)

@@ -167,7 +167,7 @@ def sound(
     self: Entry,
     name: str,   # of a file
 ) -> bool:       # whether it can be read
-    "Whether a file is there and whole; a damaged one is set aside with a warning. Raises `DamagedFile` where it cannot be."
+    "Whether a file is there and whole; a damaged one is set aside. Raises `DamagedFile` where that cannot be."
     try: self.path(name); return True
     except FileNotFoundError: return False
     except DamagedFile as e: damaged = e
