@@ -250,7 +250,7 @@ def __getitem__(
     if layer in self: return self._found[layer]
     if layer not in self.layers: raise ValueError(f"layer {layer!r} is not tapped; tapped are {', '.join(self.layers)}")
     raise ValueError(f"layer {layer!r} ran {self._calls[layer]} times in the last forward pass, expected once"
-                     + (": tap a layer after or inside it that runs once" if self._calls[layer] else ""))
+                     + (": tap a layer after or inside it that runs once" if self._calls else ""))
 
 def _first_tensor(value, layer):
     "The first tensor of what a layer takes or returns: a tensor, or a tuple, list or mapping with one; not a number."
