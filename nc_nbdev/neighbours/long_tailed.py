@@ -1,4 +1,4 @@
-"""When some classes have few samples their features do not collapse to a simplex. Regularisers or a fixed head bring the shape back, and accuracy with it. They are here for anyone's training.
+"""When some classes have few samples the class means are no simplex, and small classes are seldom answered. Two regularisers, a fixed head and a loss against it, for anyone's training.
 
 Collapse with unbalanced classes: `NCRegulariser` (Liu et al. 2302.12453), `FixedSimplexHead` and `DotRegressionLoss` (Yang et al. 2203.09081) for anyone's training, and the study of digits with few samples of some classes (`run_long_tailed`)."""
 
@@ -8,7 +8,7 @@ Collapse with unbalanced classes: `NCRegulariser` (Liu et al. 2302.12453), `Fixe
 __all__ = ['CLAIMS', 'NCRegulariser', 'FixedSimplexHead', 'DotRegressionLoss', 'LongTailedNetwork', 'LongTailed',
            'run_long_tailed']
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #cedc41e9
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #9a89961c
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ from ..lab.studies import Measured, condition_runs, study
 from .apparatus import SystemRecipe, collapse_rows, digit_vectors, relu_network
 from ..vision.sources import load_dataset
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #79d65d12
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #4d35d3ae
 class NCRegulariser(nn.Module):
     "Add `regulariser(H, y)` to a loss: class means that are tight and far apart (Liu et al. 2023, 2302.12453)."
     def __init__(
@@ -74,7 +74,7 @@ def _nearest_angle(means):
     cosines = unit @ unit.T - 2 * torch.eye(len(unit), device=unit.device)
     return cosines.max(1).values.clamp(-1 + 1e-6, 1 - 1e-6).arccos().mean()
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #da0f38e2
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #247b6f25
 class FixedSimplexHead(nn.Linear):
     "A linear classifier whose rows are a simplex and are not trained (Yang et al. 2022, 2203.09081)."
     def __init__(
@@ -87,7 +87,7 @@ class FixedSimplexHead(nn.Linear):
         super().__init__(dim, num_classes, bias=False)
         self.weight = nn.Parameter(scale * simplex_etf(num_classes, dim, seed=seed).float(), requires_grad=False)
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #50e446b9
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #79ff044a
 class DotRegressionLoss(nn.Module):
     "Half the squared distance of cos(h, w_y) from 1 (Yang et al. 2022, 2203.09081)."
     def __init__(
@@ -105,7 +105,7 @@ class DotRegressionLoss(nn.Module):
         "The loss of a batch."
         return ((F.normalize(H, dim=1) * self.rows[y]).sum(1) - 1).square().mean() / 2
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #8bddc784
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #2a112215
 class LongTailedNetwork(nn.Module):
     "Features, a head, and the loss of a method."
     def __init__(
@@ -125,7 +125,7 @@ class LongTailedNetwork(nn.Module):
 
     def forward(self, x): return self.head(self.features(x))
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #f4932d1f
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #4324ed37
 @dataclass(frozen=True)
 class LongTailed(SystemRecipe):
     "Digits with few images of some classes."
@@ -168,7 +168,7 @@ def measures(
         yield from ((split, "output", f"accuracy_{c}", value) for c, value in enumerate(recall))
         yield from collapse_rows(split, "features", H, y, 10, head=(model.head.weight, model.head.bias))
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #131d349d
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #1e101765
 _liu, _yang = ("Liu et al. 2023, abstract and public code of 2302.12453",
                "Yang et al. 2022, abstract of 2203.09081")
 CLAIMS = (
@@ -185,7 +185,7 @@ CLAIMS = (
               "nc1_trace, cross-entropy over regularised", "balanced classes", at_least=2, interval="log-t",
               source=_liu, reason="half the variance"))
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #2169679d
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #fab6055f
 _METHODS = {"ce": "cross-entropy", "regularised": "regularisers", "simplex": "fixed simplex head",
             "dot": "dot regression"}
 
@@ -199,12 +199,12 @@ def _figure(runs, history):
         one = curves(history, "nc2_etf", "train", "features", method)
         right.plot(one.index, one.mean(axis=1), color=f"C{k}")
         right.fill_between(one.index, one.min(axis=1), one.max(axis=1), color=f"C{k}", alpha=0.2, linewidth=0)
-    left.set(xscale="log", xlabel="train images of the class", ylabel="test accuracy of the class, mean over seeds")
+    left.set(xscale="log", xlabel="train images of the class", ylabel="test accuracy of the class")
     right.set(xlabel="epoch (50 steps)", ylabel="NC2 of the train means"); right.set_ylim(bottom=0)
     left.legend(fontsize=8)
     return fig
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #7d22f5a7
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #a0b9000a
 @study("long_tailed", "Long-tailed classes: collapse brought back", CLAIMS)
 def run_long_tailed(
     settings=None,   # scale, seeds and folders, default those of settings.ini
