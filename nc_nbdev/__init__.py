@@ -34,7 +34,7 @@ Modules:
 - `nc_nbdev.neighbours.few_shot`: A network that learns from small tasks, each with other classes, never has a fixed classifier. Do its features collapse?
 - `nc_nbdev.neighbours.graphs`: The nodes of a graph are classified by their neighbours. Their features collapse only in part, and exact collapse asks more of a graph than chance gives.
 - `nc_nbdev.neighbours.label_noise`: A network that memorises wrong labels loses collapse where it was not wrong: on clean test images. How much, and does label smoothing help?
-- `nc_nbdev.neighbours.long_tailed`: When some classes have few samples their features do not collapse to a simplex. Regularisers or a fixed head bring the shape back, and accuracy with it. They are here for anyone's training.
+- `nc_nbdev.neighbours.long_tailed`: When some classes have few samples the class means are no simplex, and small classes are seldom answered. Two regularisers, a fixed head and a loss against it, for anyone's training.
 - `nc_nbdev.neighbours.margins`: All train samples are right, and training goes on. The margin grows and test accuracy may grow with it: is that why training longer helps?
 - `nc_nbdev.neighbours.plasticity`: A network that is trained on one task after another learns new tasks worse and worse. Does it collapse less, too?
 - `nc_nbdev.neighbours.regression`: Networks that predict numbers collapse too: to as many directions as there are numbers, in the last layer and below.

@@ -8,7 +8,7 @@ Collapse with unbalanced classes: `NCRegulariser` (Liu et al. 2302.12453), `Fixe
 __all__ = ['CLAIMS', 'NCRegulariser', 'FixedSimplexHead', 'DotRegressionLoss', 'LongTailedNetwork', 'LongTailed',
            'run_long_tailed']
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #9a89961c
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #4feaa8d1
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ from ..lab.studies import Measured, condition_runs, study
 from .apparatus import SystemRecipe, collapse_rows, digit_vectors, relu_network
 from ..vision.sources import load_dataset
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #4d35d3ae
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #3b530a59
 class NCRegulariser(nn.Module):
     "Add `regulariser(H, y)` to a loss: class means that are tight and far apart (Liu et al. 2023, 2302.12453)."
     def __init__(
@@ -74,7 +74,7 @@ def _nearest_angle(means):
     cosines = unit @ unit.T - 2 * torch.eye(len(unit), device=unit.device)
     return cosines.max(1).values.clamp(-1 + 1e-6, 1 - 1e-6).arccos().mean()
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #247b6f25
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #fff05228
 class FixedSimplexHead(nn.Linear):
     "A linear classifier whose rows are a simplex and are not trained (Yang et al. 2022, 2203.09081)."
     def __init__(
@@ -87,7 +87,7 @@ class FixedSimplexHead(nn.Linear):
         super().__init__(dim, num_classes, bias=False)
         self.weight = nn.Parameter(scale * simplex_etf(num_classes, dim, seed=seed).float(), requires_grad=False)
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #79ff044a
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #7d9c1114
 class DotRegressionLoss(nn.Module):
     "Half the squared distance of cos(h, w_y) from 1 (Yang et al. 2022, 2203.09081)."
     def __init__(
@@ -105,7 +105,7 @@ class DotRegressionLoss(nn.Module):
         "The loss of a batch."
         return ((F.normalize(H, dim=1) * self.rows[y]).sum(1) - 1).square().mean() / 2
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #2a112215
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #08084003
 class LongTailedNetwork(nn.Module):
     "Features, a head, and the loss of a method."
     def __init__(
@@ -125,7 +125,7 @@ class LongTailedNetwork(nn.Module):
 
     def forward(self, x): return self.head(self.features(x))
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #4324ed37
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #f9b04f9d
 @dataclass(frozen=True)
 class LongTailed(SystemRecipe):
     "Digits with few images of some classes."
@@ -168,7 +168,7 @@ def measures(
         yield from ((split, "output", f"accuracy_{c}", value) for c, value in enumerate(recall))
         yield from collapse_rows(split, "features", H, y, 10, head=(model.head.weight, model.head.bias))
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #1e101765
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #f7f5655e
 _liu, _yang = ("Liu et al. 2023, abstract and public code of 2302.12453",
                "Yang et al. 2022, abstract of 2203.09081")
 CLAIMS = (
@@ -185,7 +185,7 @@ CLAIMS = (
               "nc1_trace, cross-entropy over regularised", "balanced classes", at_least=2, interval="log-t",
               source=_liu, reason="half the variance"))
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #fab6055f
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #c92fa4b6
 _METHODS = {"ce": "cross-entropy", "regularised": "regularisers", "simplex": "fixed simplex head",
             "dot": "dot regression"}
 
@@ -204,7 +204,7 @@ def _figure(runs, history):
     left.legend(fontsize=8)
     return fig
 
-# %% ../../nbs/neighbours/70_long_tailed.ipynb #a0b9000a
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #ca0218d6
 @study("long_tailed", "Long-tailed classes: collapse brought back", CLAIMS)
 def run_long_tailed(
     settings=None,   # scale, seeds and folders, default those of settings.ini
