@@ -27,7 +27,7 @@ def number_targets(
     batch: Callable[..., tuple] | None = None, # batch -> (inputs, labels), for those not understood
 ) -> bool:   # whether the first batch has numbers to predict and not classes
     "Whether a loader is one for regression."
-    if iter(dl) is dl: return False
+    if not isinstance(dl, Iterable) or iter(dl) is dl: return False
     try: y = as_tensor(split_batch(next(iter(dl)), model, batch)[2], "targets")
     except (ValueError, StopIteration): return False
     if not y.is_floating_point() or y.ndim not in (1, 2) or not len(y): return False
