@@ -21,7 +21,11 @@ from nbdev.config import get_config, nbpath2html
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = get_config(ROOT)
-HOSTS = {"arxiv.org", "doi.org", "docs.fast.ai", "fastcore.fast.ai", "nbdev.fast.ai", "fastprogress.fast.ai"}
+HOSTS = {"arxiv.org", "doi.org", "docs.fast.ai", "fastcore.fast.ai", "nbdev.fast.ai", "fastprogress.fast.ai",
+         "pyg.org",
+         "py-filelock.readthedocs.io",
+         "huggingface.co",
+         "distributed.dask.org"}
 PREFIX = "/nc_nbdev/"  # GitHub Pages serves the site under the name of the project, not at the root
 REPORT = "reports/report.html"
 CHROMIUM = os.environ.get("CHROMIUM") or next(
