@@ -349,7 +349,7 @@ def main(
         with workers(args.jobs, args.scheduler): _command(args)
     except (ValueError, OSError, RuntimeError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
 
-
+# %% ../nbs/reproduce.ipynb #59b2fd48
 def _verify(settings):
     "Print the damaged files of runs and studies. Raises `SystemExit` with status 1 where there are any."
     wrong = damaged_files(settings.runs_dir)

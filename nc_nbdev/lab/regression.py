@@ -109,7 +109,7 @@ def _one_pass(model, dl, layers, centres, reading):
     found["output"] = torch.stack(errors).sum(0) if errors else None
     return found
 
-
+# %% ../../nbs/lab/22_regression.ipynb #c0877c7a
 def _last_layer(model, head, n, stats, layers):
     "W or None, the layer that it reads, and what is to be said about it."
     if head is None: return None, None, "No NRC2 and NRC3: no last layer was asked for."

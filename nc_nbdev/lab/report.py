@@ -231,6 +231,7 @@ def compare_splits(
 
 _hint = ', or leave them out: absent="leave out"'
 
+# %% ../../nbs/lab/25_report.ipynb #3983792e
 def _absent(split):
     "Which classes have no samples."
     K, few = split.num_classes, torch.ones(split.num_classes, dtype=torch.bool)

@@ -139,7 +139,7 @@ class Run:
         model = self.model(epoch).to(device)
         return layer_features(model, self.loaders(device)[split], layers or tap_layers(model)[-1:])
 
-
+# %% ../../nbs/lab/40_runs.ipynb #4544310f
 class TrainingEnded(ValueError):
     "What is asked for is after the epoch at which a training went wrong."
 
@@ -409,7 +409,7 @@ def parallel(
         raise RuntimeError(f"{what}: {len(failed)} of {len(jobs)} failed, the others are done\n" + "\n".join(failed))
     return results
 
-
+# %% ../../nbs/lab/40_runs.ipynb #1eb3438e
 def _attempts(jobs, n_jobs):
     "Number, result and error of every job, as they are done. A job whose process dies is done once more, alone."
     from joblib import Parallel, delayed
@@ -431,7 +431,7 @@ def _attempts(jobs, n_jobs):
                         left.discard(i)
                         yield i, None, "its process died twice, killed or out of memory"
 
-
+# %% ../../nbs/lab/40_runs.ipynb #715e1ea3
 def _attempt(folder, parent, i, function, *args):
     "The number of a job, its result, and what went wrong with it. A file in `folder` says which process does it."
     mark = Path(folder, str(i))
@@ -503,7 +503,7 @@ def get_runs(
         if "ended" in r.reasons: warnings.warn(_trouble(r), stacklevel=2)
     return runs
 
-
+# %% ../../nbs/lab/40_runs.ipynb #07360925
 def _train_all(todo, device, progress, n_jobs):
     "Train runs; those that other processes train last, when they are waited for."
     while len(todo) > 1:

@@ -109,6 +109,7 @@ def _readable(entry):
     try: entry.manifest(); return True
     except DamagedFile: return False
 
+# %% ../../nbs/lab/05_store.ipynb #10061b16
 @patch
 @contextmanager
 def write(
@@ -198,6 +199,7 @@ def whole(
         with suppress(OSError), atomic(note) as draft: draft.write_text(json.dumps({**seen, **found}))
     return len(found) == len(names)
 
+# %% ../../nbs/lab/05_store.ipynb #0ee15ae3
 @patch
 def tidy(
     self: Entry,
@@ -242,6 +244,7 @@ def read_json(
     "Read a value back. Raises as `Entry.path` does."
     return json.loads(self.path(name).read_text())
 
+# %% ../../nbs/lab/05_store.ipynb #48503b4d
 @patch
 def write_table(
     self: Entry,
@@ -259,6 +262,7 @@ def read_table(
     "Read a table back. Raises as `Entry.path` does."
     return pd.read_parquet(self.path(name))
 
+# %% ../../nbs/lab/05_store.ipynb #9b04d86f
 @patch
 def write_tensors(
     self: Entry,

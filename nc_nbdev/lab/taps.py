@@ -360,6 +360,7 @@ def tapped_batches(
         if epoch is not None and hasattr(dl, "set_epoch"): dl.set_epoch(epoch)
     if y is None: raise ValueError("the loader gave no batches")
 
+# %% ../../nbs/lab/20_taps.ipynb #9ea95ac6
 def _targets(y, mask, next_token):
     "Labels (B,) or (B, T), those of the next position if asked for, and which of them the mask lets be seen."
     if y.ndim > 1 and y.is_floating_point(): raise ValueError(f"labels are {y.dtype}, {tuple(y.shape)}: {_argmax}")
@@ -403,6 +404,7 @@ class OutputRows:
         "What a report says of them."
         return f"head guessed: the output is that of {self.layer} by the rows of {self.name}."
 
+# %% ../../nbs/lab/20_taps.ipynb #c4980aff
 def output_rows(
     model: nn.Module,              # any network, possibly inside wrappers
     item,                          # a batch, as in `split_batch`

@@ -66,7 +66,7 @@ class NCRegulariser(nn.Module):
         self.means.copy_(torch.where(here[:, None], keep * self.means + (1 - keep) * batch, self.means))
         self.seen |= here
 
-
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #cf419eca
 def _nearest_angle(means):
     "Mean angle of a centred class mean to the nearest other one."
     if len(means) < 2: return means.new_zeros(())

@@ -6,7 +6,7 @@ Study 1: train collapse happens, weak and strong test collapse do not (Hui, Belk
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SEPARABLE', 'LAST', 'recipe_name', 'recipe_variant', 'variants', 'in_variant', 'all_conditions',
-           'of_variant', 'by_variant', 'weak_decay', 'recorded', 'asked', 'run_train_vs_test']
+           'of_variant', 'by_variant', 'weak_decay', 'asked', 'run_train_vs_test']
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #dd9d4a27
 from dataclasses import replace
@@ -21,7 +21,7 @@ from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import as_history, curves, final, late_slope, tpt_start, value_at
 from ..lab.runs import one_thread, snapshot_epochs
 from ..lab.settings import pick_device
-from ..lab.studies import Measured, condition_runs, study
+from ..lab.studies import Measured, condition_runs, recorded, study
 from ..vision.recipes import PRESETS, ImageRecipe, image_grid
 from ..vision.transfer import measure_runs
 
@@ -146,13 +146,6 @@ def _certified(run, epochs, device="cpu"):
                        for e, (layer, v) in found.items()], run.folder.name, run.recipe.seed)
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #a9a5a000
-def recorded(
-    runs,                # condition -> runs
-) -> pd.DataFrame:       # tidy
-    "What was measured in training."
-    return pd.concat([r.history.assign(condition=c) for c, group in runs.items() for r in group], ignore_index=True)
-
-
 def asked(
     jobs,                # (condition, job for `measure_runs`)
     settings,            # its device

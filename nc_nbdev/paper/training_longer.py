@@ -20,7 +20,7 @@ from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import as_history, curves, fall, final, tpt_start
 from ..lab.probes import linear_probe, reconstructed_probe
 from ..lab.runs import snapshot_epochs
-from ..lab.studies import Measured, condition_runs, study
+from ..lab.studies import Measured, condition_runs, recorded, study
 from ..lab.taps import tap_layers
 from nc_nbdev.paper.train_vs_test import (
     LAST,
@@ -29,7 +29,6 @@ from nc_nbdev.paper.train_vs_test import (
     by_variant,
     in_variant,
     of_variant,
-    recorded,
     variants,
     weak_decay,
 )

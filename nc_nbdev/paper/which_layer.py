@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from ..lab.claims import Statement
 from ..lab.history import curves, final, value_at
-from ..lab.studies import Measured, condition_runs, study
+from ..lab.studies import Measured, condition_runs, recorded, study
 from ..lab.taps import tap_layers
 from nc_nbdev.paper.train_vs_test import (
     LAST,
@@ -22,7 +22,6 @@ from nc_nbdev.paper.train_vs_test import (
     by_variant,
     in_variant,
     of_variant,
-    recorded,
     variants,
 )
 from .training_longer import PROBE, coarse_tasks, first_snapshots, window_epochs
