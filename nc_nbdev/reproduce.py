@@ -292,7 +292,8 @@ def register(
         raise ValueError(f"{file}: {settings.preset} is registered with this code already")
     recipes = plan(settings, names)
     entry = dict(scale=settings.preset, date=date.today().isoformat(), code=code, studies=names,
-                 datasets=list(settings.datasets), first_seed=settings.first_seed, seeds=settings.seeds, note=note,
+                 datasets=list(settings.datasets), overrides=settings.overrides, first_seed=settings.first_seed,
+                 seeds=settings.seeds, note=note,
                  runs=sorted(recipes.index),
                  statements=[asdict(s) for name in names for s in load_study(name).statements])
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +318,7 @@ def confirm(
     if done := list((folder / scale).glob(f"*-{code}")):
         raise ValueError(f"{done[0]}: was confirmed already; kept results are not overwritten")
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
-                               "datasets": tuple(entry["datasets"]), "overrides": {}})
+                               "datasets": tuple(entry["datasets"]), "overrides": entry.get("overrides", {})})
     out = folder / scale / f"{date.today().isoformat()}-{code}"
     report = report_folder(settings) / f"confirm-{scale}"        # histories and figures are large, and stay there
     claims = _run(entry["studies"], settings, report, progress)

@@ -184,9 +184,7 @@ def test_registered_then_confirmed(tiny_project):
     with pytest.raises(ValueError, match="was registered with the code ffff"): command.confirm("quick", progress=False)
 
 
-def test_a_confirmed_design_is_kept_once(tiny_project, monkeypatch):
-    tiny = command._settings().overrides                       # a registered design has none: the runs would be long
-    monkeypatch.setattr(command, "get_settings", lambda f=command.get_settings, **k: f(**k | {"overrides": tiny}))
+def test_a_confirmed_design_is_kept_once(tiny_project):
     command.register(command._settings(first_seed=1000, seeds=2), "random_labels")
     claims, out = command.confirm("quick", progress=False)
     assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json"] and len(claims[0].values) == 2
