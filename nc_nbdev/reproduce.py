@@ -6,8 +6,8 @@ All studies by name (`STUDIES`), and `reproduce`, also the command `nc-reproduce
 
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'load_study', 'environment', 'report_html', 'tally', 'format_scoreboard', 'reproduce',
-           'report_folder', 'plan', 'format_plan', 'results_folder', 'kept_results', 'format_agreement', 'code_hash',
-           'register', 'confirm', 'main']
+           'report_folder', 'plan', 'format_plan', 'results_folder', 'kept_results', 'kept_figure', 'format_agreement',
+           'code_hash', 'register', 'confirm', 'main']
 
 # %% ../nbs/reproduce.ipynb #9c90b3bc
 import argparse
@@ -253,9 +253,23 @@ def kept_results(
     folder: str | Path,   # with a folder a scale, in it one an evaluation
 ) -> dict:                # scale -> claims of its newest evaluation that was not withdrawn; {} where there are none
     "The claims that were kept."
-    newest = {f.parent.parent.name: f for f in sorted(Path(folder).glob("*/*/claims.json"))
+    return {scale: load_claims(found / "claims.json") for scale, found in _newest(folder).items()}
+
+
+def kept_figure(
+    folder: str | Path,   # as for `kept_results`
+    name: str,            # of a figure that a study returns
+) -> Path | None:         # a PNG of the largest scale that has it; None where no scale has
+    "The figure that was kept with the results."
+    files = [found / "figures" / f"{name}.png" for found in _newest(folder).values()]
+    return next((f for f in reversed(files) if f.exists()), None)
+
+
+def _newest(folder):
+    "scale -> folder of its newest evaluation that was not withdrawn."
+    newest = {f.parent.parent.name: f.parent for f in sorted(Path(folder).glob("*/*/claims.json"))
               if not (f.parent / "superseded.txt").exists()}
-    return {scale: load_claims(newest[scale]) for scale in SCALES if scale in newest}
+    return {scale: newest[scale] for scale in SCALES if scale in newest}
 
 
 def format_agreement(
@@ -320,10 +334,11 @@ def confirm(
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
                                "datasets": tuple(entry["datasets"]), "overrides": entry.get("overrides", {})})
     out = folder / scale / f"{date.today().isoformat()}-{code}"
-    report = report_folder(settings) / f"confirm-{scale}"        # histories and figures are large, and stay there
+    report = report_folder(settings) / f"confirm-{scale}"        # the history is large, and stays there
     claims = _run(entry["studies"], settings, report, progress)
     out.mkdir(parents=True)
     for name in ("claims.json", "environment.json"): shutil.copy(report / name, out)
+    shutil.copytree(report / "figures", out / "figures")
     return claims, out
 
 # %% ../nbs/reproduce.ipynb #49c11e84

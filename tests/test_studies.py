@@ -187,7 +187,11 @@ def test_registered_then_confirmed(tiny_project):
 def test_a_confirmed_design_is_kept_once(tiny_project):
     command.register(command._settings(first_seed=1000, seeds=2), "random_labels")
     claims, out = command.confirm("quick", progress=False)
-    assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json"] and len(claims[0].values) == 2
+    assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json", "figures"]
+    assert len(claims[0].values) == 2
+    [shown] = (out / "figures").iterdir()
+    assert command.kept_figure(tiny_project / "results", shown.stem) == shown
+    assert command.kept_figure(tiny_project / "results", "no_such_figure") is None
     assert len(command.kept_results(tiny_project / "results")["quick"]) == len(claims)
     with pytest.raises(ValueError, match="kept results are not overwritten"): command.confirm("quick", progress=False)
 

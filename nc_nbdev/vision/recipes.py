@@ -143,7 +143,7 @@ class Preset:
     every: bool = False             # every study runs the whole grid, not the first study alone
 
 # %% ../../nbs/vision/00_recipes.ipynb #e091ec4b
-_laptop = ImageRecipe(epochs=160, train_per_class=200, test_per_class=200, batch_size=64)
+_laptop = ImageRecipe(epochs=160, train_per_class=200, test_per_class=200, batch_size=64, lr=0.03, weight_decay=1e-2)
 _workstation = ImageRecipe(model="resnet18", train_per_class=200, test_per_class=100, batch_size=64, epochs=60, lr=0.05,
                            weight_decay=1e-2, precision="bf16")
 _paper = ImageRecipe(epochs=350, lr=0.1, weight_decay=5e-4, schedule="step", warmup=0.0, measure_points=30)
