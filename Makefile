@@ -21,7 +21,7 @@ check: .venv/installed              ## notebooks, package and README in step; th
 	$(BIN)/ruff check --quiet --isolated --select F nc_nbdev
 
 test: check reproduce docs          ## everything
-	NC_DOCS=_docs $(BIN)/pytest -n 2 --dist loadgroup
+	NC_DOCS=_docs $(BIN)/pytest -n 2 --dist worksteal
 
 docs: .venv/installed               ## the site, into _docs/
 	$(BIN)/python tools/docs.py

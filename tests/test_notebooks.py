@@ -1,16 +1,33 @@
-"""Every notebook runs top to bottom in a Jupyter kernel, as in JupyterLab."""
+"""Every notebook runs top to bottom, in a process of its own; the tutorial in a Jupyter kernel too, as in JupyterLab."""
 
+import multiprocessing
+import os
+import signal
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbdev.test import test_nb as execute
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 HIDDEN = (".", "_")
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb")
                    if not any(part.startswith(HIDDEN) for part in p.relative_to(NBS).parts))
-LEFT_OUT = ("#| notest", "#| eval: false")   # cells that nbdev leaves out of its own test runs
+
+# A fork of a process that has imported the package starts in no time; a kernel takes three to five seconds, 80 times.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["nbdev.test", "nc_nbdev.reproduce", "nc_nbdev.paper.train_vs_test"])
+
+
+def _run(path, log):
+    "Run the cells as `nbdev-test` does; what they print goes to a file."
+    signal.alarm(900)
+    with open(log, "w") as f:
+        for stream in (1, 2): os.dup2(f.fileno(), stream)
+    passed, _ = execute(path, skip_flags=["notest"])
+    sys.exit(not passed)
 
 
 def test_there_are_notebooks():
@@ -19,9 +36,22 @@ def test_there_are_notebooks():
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(NBS)))
-def test_notebook(path):
-    notebook = nbformat.read(path, as_version=4)
-    left_out = lambda c: c.cell_type == "code" and any(d in c.source for d in LEFT_OUT)
-    notebook.cells = [c for c in notebook.cells if not left_out(c)]
-    where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
+def test_notebook(path, tmp_path):
+    log = tmp_path / "log"
+    process = PROCESSES.Process(target=_run, args=(path, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
+
+def test_a_notebook_that_fails_is_a_failure(tmp_path):
+    cell = nbformat.v4.new_code_cell("1 / 0")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "wrong.ipynb")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"): test_notebook(tmp_path / "wrong.ipynb", tmp_path)
+
+
+@pytest.mark.notebook
+def test_in_a_jupyter_kernel():
+    path = NBS / "tutorial.ipynb"
+    NotebookClient(nbformat.read(path, as_version=4), timeout=900, kernel_name="python3",
+                   resources={"metadata": {"path": str(path.parent)}}).execute()

@@ -16,9 +16,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+from filelock import FileLock
 from nbdev.config import get_config, nbpath2html
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = get_config(ROOT)
 HOSTS = {"arxiv.org", "doi.org", "docs.fast.ai", "fastcore.fast.ai", "nbdev.fast.ai", "fastprogress.fast.ai",
@@ -160,8 +161,17 @@ def page(browser, url):
 
 
 @pytest.fixture(scope="session")
-def crawl(browser, url, docs):
-    "The facts of every page that links lead to, by its path in the site."
+def crawl(browser, url, docs, tmp_path_factory, worker_id):
+    "The facts of every page that links lead to, by its path in the site. Of two workers one looks, the other reads."
+    if worker_id == "master": return _crawl(browser, url, docs)
+    file = tmp_path_factory.getbasetemp().parent / "crawl.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists(): file.write_text(json.dumps([url, _crawl(browser, url, docs)]))
+    theirs, found = json.loads(file.read_text())
+    return json.loads(json.dumps(found).replace(theirs, url))                 # each worker serves at a port of its own
+
+
+def _crawl(browser, url, docs):
     problems, seen, todo = [], {}, ["index.html"]
     page = _open(browser, url, problems)
     while todo:
