@@ -1,4 +1,4 @@
-"""Graphs and features at convergence: exact results, against independent computations."""
+"""Graphs, language models and features at convergence: exact results, against independent computations."""
 
 import math
 
@@ -12,11 +12,12 @@ from torch import nn
 
 import nc_nbdev as nc
 from nc_nbdev.geometry.statistics import ClassStatistics
-from nc_nbdev.geometry.variability import nc1_trace
+from nc_nbdev.geometry.variability import cdnv, nc1_trace
 from nc_nbdev.lab.runs import get_run
 from nc_nbdev.lab.settings import get_settings
 from nc_nbdev.neighbours import convergence as co
 from nc_nbdev.neighbours import graphs as gr
+from nc_nbdev.neighbours import language_models as lm
 from nc_nbdev.theory.free_features import FreeFeatures, Problem, minimise
 
 quick = settings(max_examples=15, deadline=None)
@@ -117,6 +118,42 @@ def test_the_layer_is_that_of_pytorch_geometric_and_its_models_can_be_measured()
     report = nc.measure(model, loader, layers=[name], batch=lambda d: ((d.x, d.edge_index), d.y))
     direct = ClassStatistics.from_features(theirs(x, both).relu(), y, num_classes=2)
     assert report.measures["train"][name].nc1_trace == pytest.approx(nc1_trace(direct), rel=1e-5)
+
+
+# --- language models
+
+
+def test_a_language_has_its_words_and_phrases():
+    text = lm.markov_language(400, 40, seed=100, words=60, categories=6)
+    assert text.min() >= 0 and text.max() < 60 and text.shape == (400, 40)
+    pairs = (text[:, :-1] * 6 + text[:, 1:] % 6).flatten()  # the word before, and the category of the next
+    following = torch.zeros(360, 60).index_put((pairs, text[:, 1:].flatten()), torch.ones(()), accumulate=True)
+    often = following[following.sum(1) >= 50]
+    assert (often.max(1).values / often.sum(1)).median() > 0.5  # 0.6 by the phrase, and some by chance
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 64))
+def test_measures_of_a_vocabulary_do_not_depend_on_the_batches(seed, size):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.cat([labels(6, 12), torch.tensor([6, 6])])[torch.randperm(74, generator=g)]  # word 6 is rare
+    H, W = torch.randn(74, 5, generator=g), torch.randn(8, 5, generator=g)
+    found = lm.vocabulary_measures(lambda x: x, W, H, y, batch_size=size)
+    stats = ClassStatistics.from_features(H[y < 6], y[y < 6], num_classes=6)
+    nearest = torch.cdist(H[y < 6].double(), stats.means).argmin(1)
+    assert found["classes"] == 6
+    assert found["cdnv"] == pytest.approx(cdnv(stats), rel=1e-6)
+    assert found["nc4_agreement"] == pytest.approx((nearest == (H[y < 6] @ W[:6].T).argmax(1)).float().mean().item())
+    M = stats.centred_means().numpy()
+    unit = M / np.linalg.norm(M, axis=1, keepdims=True)
+    logs = [math.log(np.linalg.norm(unit[i] - unit[j])) for i in range(6) for j in range(i)]
+    assert found["uniformity_dispersion"] == pytest.approx(np.std(logs) / abs(np.mean(logs)), rel=1e-6)
+
+
+def test_the_shuffled_corpus_has_the_same_words():
+    language, shuffled = (lm.SmallLanguageModel(streams=10, length=20, shuffled=s) for s in (False, True))
+    text = [torch.cat([t["test"][1], t["train"][1]]) for t in (language.tensors(None), shuffled.tensors(None))]
+    assert len(text[0]) == len(text[1]) == 160 and (text[0] != text[1]).any()
 
 
 # --- features at convergence
