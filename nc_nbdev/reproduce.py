@@ -57,6 +57,7 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "language_models": "neighbours.language_models",
     "long_tailed": "neighbours.long_tailed",
     "convergence": "neighbours.convergence",
+    "grokking": "neighbours.grokking",
     "plasticity": "neighbours.plasticity",
     "label_noise": "neighbours.label_noise",
     "feature_complexity": "neighbours.feature_complexity",

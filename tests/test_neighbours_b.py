@@ -1,4 +1,4 @@
-"""Graphs, language models and features at convergence: exact results, against independent computations."""
+"""Graphs, language models, features at convergence and grokking: exact results, against independent computations."""
 
 import math
 
@@ -17,6 +17,7 @@ from nc_nbdev.lab.runs import get_run
 from nc_nbdev.lab.settings import get_settings
 from nc_nbdev.neighbours import convergence as co
 from nc_nbdev.neighbours import graphs as gr
+from nc_nbdev.neighbours import grokking as gk
 from nc_nbdev.neighbours import language_models as lm
 from nc_nbdev.theory.free_features import FreeFeatures, Problem, minimise
 
@@ -212,3 +213,38 @@ def test_gradient_products_are_those_of_jacobians(seed):
         h = model[:k](x).detach()
         J = torch.stack([torch.autograd.functional.jacobian(model[k:], row[None])[0, :, 0] for row in h])
         torch.testing.assert_close(found[name], torch.einsum("nkd,nke->de", J, J) / 6)
+
+
+# --- grokking
+
+
+def test_flatness_is_the_trace_of_the_hessian():
+    g = torch.Generator().manual_seed(0)
+    H, W, b = (torch.randn(*s, generator=g).double() for s in ((15, 3), (4, 3), (4,)))
+    y = torch.arange(15) % 4
+    hessian = torch.autograd.functional.hessian(lambda w: F.cross_entropy(H @ w.view(4, 3).T + b, y), W.flatten())
+    torch.testing.assert_close(gk.relative_flatness(H, W, b), W.square().sum() * hessian.trace())
+
+
+def test_the_table_of_addition_is_whole():
+    (x, y), (x_test, y_test) = gk.modular_addition(7, 0.4, seed=1)
+    assert len(x) == 20 and len({*map(tuple, x.tolist()), *map(tuple, x_test.tolist())}) == 49
+    assert (y == (x[:, 0] + x[:, 1]) % 7).all() and (y_test == x_test.sum(1) % 7).all()
+
+
+def test_pushing_and_holding_change_the_loss_by_nc1():
+    plain, pushed, held = (gk.ModularAddition(modulus=5, share=0.8, push=p, hold=h, cap=0.5)
+                           for p, h in ((0, 0), (1, 0), (0, 1)))
+    torch.manual_seed(0)
+    model, (x, y) = plain.network(), plain.tensors(None)["train"]
+    losses = [r.loss(model, x, y).item() for r in (plain, pushed, held)]
+    nc1 = nc1_trace(ClassStatistics.from_features(model[:-1](x), y, num_classes=5))
+    assert losses[1] - losses[0] == pytest.approx(nc1, rel=1e-4)
+    assert losses[0] - losses[2] == pytest.approx(min(nc1, 0.5), rel=1e-4)
+
+
+def test_first_reached_is_the_first_step_or_nothing():
+    import pandas as pd
+
+    table = pd.DataFrame({0: [0.2, 0.6, 0.4], 1: [0.1, 0.1, 0.2]}, index=[0, 1, 4])
+    np.testing.assert_array_equal(gk.first_reached(table, 0.5, steps=10), [10, np.nan])
