@@ -1,4 +1,4 @@
-"""Every word of a vocabulary is a class. Better language models are more collapsed by several measures, but most of these measures improve on noise as well.
+"""Every word of a vocabulary is a class. Are better language models more collapsed, and do the same measures improve where there is nothing to learn?
 
 Collapse of language models (Wu, Papyan 2024, 2405.17767): a synthetic language (`markov_language`), the measures of the paper for a vocabulary as classes (`vocabulary_measures`, `uniformity_dispersion`, `duality_dispersion`), a recipe of small models by width (`SmallLanguageModel`), and the study (`run_language_models`)."""
 
@@ -106,11 +106,11 @@ class SmallLanguageModel(SystemRecipe):
     length: int = 50         # words of a text
     shuffled: bool = False   # all words of the corpus in random order
     batch_size: int = 256
-    lr: float = 3e-3
+    lr: float = 0.01
     weight_decay: float = 0.01
-    epochs: int = 10
+    epochs: int = 6
     steps: int = 100
-    measure_points: int = 3
+    measure_points: int = 2
 
     def tensors(self, data_dir):
         text = markov_language(self.streams, self.length, self.seed, self.words)
