@@ -30,7 +30,7 @@ import pandas as pd
 from .lab.claims import agreement, format_number, holm, load_claims, save_claims, scoreboard
 from .lab.runs import damaged_files, plan_table, planned, recipe_id, workers
 from .lab.settings import SCALES, Settings, check_choice, get_settings
-from .lab.studies import code_used
+from .lab.studies import code_used, imported_modules
 
 # %% ../nbs/reproduce.ipynb #b780b019
 STUDIES = {   # name: module that exports run_<name>; in reading order
@@ -54,7 +54,9 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
     "feature_collapse": "neighbours.feature_collapse",
     "regression": "neighbours.regression",
     "graphs": "neighbours.graphs",
+    "language_models": "neighbours.language_models",
     "convergence": "neighbours.convergence",
+    "grokking": "neighbours.grokking",
     "plasticity": "neighbours.plasticity",
     "label_noise": "neighbours.label_noise",
     "long_tailed": "neighbours.long_tailed",
@@ -213,6 +215,15 @@ def _run(names, settings, out, progress):
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
     return claims
 
+# %% ../nbs/reproduce.ipynb #e1903ebe
+_ASK = {f"nc_nbdev.lab.{name}" for name in ("runs.get_run", "runs.get_runs", "studies.condition_runs",
+                                            "studies.histories")}
+
+def _asks_for_runs(module):
+    "Whether a module, or one that it uses outside of the room lab, imports what asks for runs."
+    files = {m: f for m, f in code_used(module).items() if not m.startswith("nc_nbdev.lab.")}
+    return any(_ASK & imported_modules(f.read_text(encoding="utf-8"), m.rpartition(".")[0]) for m, f in files.items())
+
 # %% ../nbs/reproduce.ipynb #bc4b288c
 def plan(
     settings: Settings,   # scale, seeds, folders
@@ -220,7 +231,7 @@ def plan(
 ) -> pd.DataFrame:        # indexed by run: state, studies, seconds on one core
     "What the studies would train, what is on disk, and how long it should take. Runs nothing."
     asked = {}
-    for name in names:
+    for name in (name for name in names if _asks_for_runs(f"nc_nbdev.{STUDIES[name]}")):
         for r in planned(lambda name=name: load_study(name).measure(settings, False)):
             asked.setdefault(recipe_id(r), (r, []))[1].append(name)
     table = plan_table([r for r, _ in asked.values()], settings)

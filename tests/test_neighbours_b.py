@@ -1,4 +1,4 @@
-"""Graphs and features at convergence: exact results, against independent computations."""
+"""Graphs, language models, features at convergence and grokking: exact results, against independent computations."""
 
 import math
 
@@ -12,11 +12,13 @@ from torch import nn
 
 import nc_nbdev as nc
 from nc_nbdev.geometry.statistics import ClassStatistics
-from nc_nbdev.geometry.variability import nc1_trace
+from nc_nbdev.geometry.variability import cdnv, nc1_trace
 from nc_nbdev.lab.runs import get_run
 from nc_nbdev.lab.settings import get_settings
 from nc_nbdev.neighbours import convergence as co
 from nc_nbdev.neighbours import graphs as gr
+from nc_nbdev.neighbours import grokking as gk
+from nc_nbdev.neighbours import language_models as lm
 from nc_nbdev.theory.free_features import FreeFeatures, Problem, minimise
 
 quick = settings(max_examples=15, deadline=None)
@@ -119,6 +121,42 @@ def test_the_layer_is_that_of_pytorch_geometric_and_its_models_can_be_measured()
     assert report.measures["train"][name].nc1_trace == pytest.approx(nc1_trace(direct), rel=1e-5)
 
 
+# --- language models
+
+
+def test_a_language_has_its_words_and_phrases():
+    text = lm.markov_language(400, 40, seed=100, words=60, categories=6)
+    assert text.min() >= 0 and text.max() < 60 and text.shape == (400, 40)
+    pairs = (text[:, :-1] * 6 + text[:, 1:] % 6).flatten()  # the word before, and the category of the next
+    following = torch.zeros(360, 60).index_put((pairs, text[:, 1:].flatten()), torch.ones(()), accumulate=True)
+    often = following[following.sum(1) >= 50]
+    assert (often.max(1).values / often.sum(1)).median() > 0.5  # 0.6 by the phrase, and some by chance
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 64))
+def test_measures_of_a_vocabulary_do_not_depend_on_the_batches(seed, size):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.cat([labels(6, 12), torch.tensor([6, 6])])[torch.randperm(74, generator=g)]  # word 6 is rare
+    H, W = torch.randn(74, 5, generator=g), torch.randn(8, 5, generator=g)
+    found = lm.vocabulary_measures(lambda x: x, W, H, y, batch_size=size)
+    stats = ClassStatistics.from_features(H[y < 6], y[y < 6], num_classes=6)
+    nearest = torch.cdist(H[y < 6].double(), stats.means).argmin(1)
+    assert found["classes"] == 6
+    assert found["cdnv"] == pytest.approx(cdnv(stats), rel=1e-6)
+    assert found["nc4_agreement"] == pytest.approx((nearest == (H[y < 6] @ W[:6].T).argmax(1)).float().mean().item())
+    M = stats.centred_means().numpy()
+    unit = M / np.linalg.norm(M, axis=1, keepdims=True)
+    logs = [math.log(np.linalg.norm(unit[i] - unit[j])) for i in range(6) for j in range(i)]
+    assert found["uniformity_dispersion"] == pytest.approx(np.std(logs) / abs(np.mean(logs)), rel=1e-6)
+
+
+def test_the_shuffled_corpus_has_the_same_words():
+    language, shuffled = (lm.SmallLanguageModel(streams=10, length=20, shuffled=s) for s in (False, True))
+    text = [torch.cat([t["test"][1], t["train"][1]]) for t in (language.tensors(None), shuffled.tensors(None))]
+    assert len(text[0]) == len(text[1]) == 160 and (text[0] != text[1]).any()
+
+
 # --- features at convergence
 
 
@@ -175,3 +213,38 @@ def test_gradient_products_are_those_of_jacobians(seed):
         h = model[:k](x).detach()
         J = torch.stack([torch.autograd.functional.jacobian(model[k:], row[None])[0, :, 0] for row in h])
         torch.testing.assert_close(found[name], torch.einsum("nkd,nke->de", J, J) / 6)
+
+
+# --- grokking
+
+
+def test_flatness_is_the_trace_of_the_hessian():
+    g = torch.Generator().manual_seed(0)
+    H, W, b = (torch.randn(*s, generator=g).double() for s in ((15, 3), (4, 3), (4,)))
+    y = torch.arange(15) % 4
+    hessian = torch.autograd.functional.hessian(lambda w: F.cross_entropy(H @ w.view(4, 3).T + b, y), W.flatten())
+    torch.testing.assert_close(gk.relative_flatness(H, W, b), W.square().sum() * hessian.trace())
+
+
+def test_the_table_of_addition_is_whole():
+    (x, y), (x_test, y_test) = gk.modular_addition(7, 0.4, seed=1)
+    assert len(x) == 20 and len({*map(tuple, x.tolist()), *map(tuple, x_test.tolist())}) == 49
+    assert (y == (x[:, 0] + x[:, 1]) % 7).all() and (y_test == x_test.sum(1) % 7).all()
+
+
+def test_pushing_and_holding_change_the_loss_by_nc1():
+    plain, pushed, held = (gk.ModularAddition(modulus=5, share=0.8, push=p, hold=h, cap=0.5)
+                           for p, h in ((0, 0), (1, 0), (0, 1)))
+    torch.manual_seed(0)
+    model, (x, y) = plain.network(), plain.tensors(None)["train"]
+    losses = [r.loss(model, x, y).item() for r in (plain, pushed, held)]
+    nc1 = nc1_trace(ClassStatistics.from_features(model[:-1](x), y, num_classes=5))
+    assert losses[1] - losses[0] == pytest.approx(nc1, rel=1e-4)
+    assert losses[0] - losses[2] == pytest.approx(min(nc1, 0.5), rel=1e-4)
+
+
+def test_first_reached_is_the_first_step_or_nothing():
+    import pandas as pd
+
+    table = pd.DataFrame({0: [0.2, 0.6, 0.4], 1: [0.1, 0.1, 0.2]}, index=[0, 1, 4])
+    np.testing.assert_array_equal(gk.first_reached(table, 0.5, steps=10), [10, np.nan])

@@ -158,6 +158,13 @@ def test_the_plan_runs_nothing(tiny_project, capsys):
     assert "8 of them to train" in capsys.readouterr().out and not (tiny_project / "runs").exists()
 
 
+def test_the_plan_calls_no_study_that_has_no_runs(tiny_project, monkeypatch):
+    simulation = command.load_study("other_losses")
+    monkeypatch.setattr(simulation, "measure", lambda *args: pytest.fail("computed for a plan"))
+    found = command.plan(command._settings(), ["other_losses", "train_vs_test"])
+    assert {name for names in found.studies for name in names} == {"train_vs_test"} and len(found) == 8
+
+
 @pytest.mark.parametrize("argv, said", [(["--studies", "alchemy"], "expected one of train_vs_test"),
                                         (["--confirm", "paper"], "paper is not registered"),
                                         (["--seeds", "0"], "seeds=0: expected a whole number of at least 1")])

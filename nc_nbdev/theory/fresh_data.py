@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from ..geometry.nearest_centre import ncc_accuracy
 from ..geometry.statistics import ClassStatistics
-from ..geometry.variability import nc1_trace
+from ..geometry.variability import cdnv, nc1_trace
 from ..lab.claims import Statement
 from ..lab.history import as_history
 from ..lab.probes import FeatureTask, few_shot
 from ..lab.settings import Settings
 from ..lab.studies import Measured, study
 from .other_losses import LOSSES
-from .transfer_bound import class_cdnv
 
 # %% ../../nbs/theory/95_fresh_data.ipynb #68f9ef68
 def transport(
@@ -42,6 +41,9 @@ def transport(
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 # %% ../../nbs/theory/95_fresh_data.ipynb #9252a548
+def _statistics(H, y): return ClassStatistics.from_features(H, y, num_classes=int(y.max()) + 1)
+
+
 def fresh_cdnv_bound(
     train: ClassStatistics,  # of the train features
     moved: Sequence[float],  # (K,) transport distances from train to fresh features, by class
@@ -115,7 +117,7 @@ def source_and_unseen(
     U, S, _ = np.linalg.svd(W, full_matrices=False)
     A = (U * np.sqrt(S))[:, S > 1e-9 * S[0]]
     asked = {"train": (X @ A, y), "fresh": (fresh @ A, y), "unseen": (unseen @ A, new), "inputs": (unseen, new)}
-    return {name: class_cdnv(torch.from_numpy(H), torch.from_numpy(c)) for name, (H, c) in asked.items()}
+    return {name: cdnv(_statistics(torch.from_numpy(H), torch.from_numpy(c))) for name, (H, c) in asked.items()}
 
 # %% ../../nbs/theory/95_fresh_data.ipynb #a7d68bed
 def separability_depth(
@@ -124,9 +126,8 @@ def separability_depth(
     error: float = 0.1,          # allowed share of samples with another nearest centre
 ) -> int:  # from 1; the number of layers plus 1 where none separates
     "The first layer whose nearest class centre errs on at most this share (Galanti et al. 2022, 2202.09028)."
-    K = int(y.max()) + 1
     for layer, H in enumerate(features, start=1):
-        if ncc_accuracy(H, y, ClassStatistics.from_features(H, y, num_classes=K).means) >= 1 - error: return layer
+        if ncc_accuracy(H, y, _statistics(H, y).means) >= 1 - error: return layer
     return len(features) + 1
 
 
@@ -150,7 +151,7 @@ def loss_transfer(
         for decay in (0.01, 1.0):
             model = _fit(_network(2, 48, 7, seed), *train, loss, 200, 4e-3, decay)
             H, H_new, H_unseen = (_layers(model, part[0])[-1] for part in (train, fresh, unseen))
-            stats, y = ClassStatistics.from_features(H, train[1], num_classes=7), unseen[1]
+            stats, y = _statistics(H, train[1]), unseen[1]
             halves = FeatureTask(H_unseen[::2], y[::2], y[::2], H_unseen[1::2], y[1::2], y[1::2])
             rows[name, decay] = dict(nc1_trace=nc1_trace(stats), fresh=1 - ncc_accuracy(H_new, fresh[1], stats.means),
                                      unseen=1 - few_shot(halves, 5))

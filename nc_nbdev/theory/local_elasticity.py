@@ -243,6 +243,7 @@ def run_local_elasticity(
 ) -> Measured:
     "Measure the claims of local elasticity (Zhang, Wang, Su 2021, 2110.05960); deterministic by seed."
     seeds = [200 + s for s in settings.seed_range]             # 0 to 2 were used to choose the recipe and the bars
+    runs = get_runs([elastic_recipe(settings, s) for s in seeds], settings, progress)
     long = torch.logspace(0, 4, 601, dtype=torch.float64)
     def fading(c, seed):
         start, g = initial_features(runs=4, seed=seed)
@@ -250,7 +251,7 @@ def run_local_elasticity(
     small = [0.1 * torch.randn(5, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     clock, ones = torch.linspace(0, 200, 101, dtype=torch.float64), torch.ones(101, dtype=torch.float64)
     shapes = [float(nc2_etf(predict_separation(mu, ones, clock, substeps=20)[-1])) for mu in small]
-    tables = [measure_elasticity(r) for r in get_runs([elastic_recipe(settings, s) for s in seeds], settings, progress)]
+    tables = [measure_elasticity(r) for r in runs]
     error = lambda name: [float((t[name] / t.margin - 1)[1:].abs().mean()) for t in tables]
     values = {"T8d": ([fading(4.0, s) for s in seeds], [fading(1.0, s) for s in seeds]),
               "T8e": (shapes, [float(nc2_etf(mu)) for mu in small]),

@@ -230,12 +230,12 @@ def run_minority_collapse(
     progress: bool = True,   # show bars
 ) -> Measured:
     "The claims about unbalanced classes: the model, its thresholds and limits, and trained networks."
+    fresh = replace(settings, first_seed=settings.first_seed + 600)
+    runs = condition_runs(unbalanced_recipes(fresh), fresh, progress).values()
     seeds = range(settings.first_seed, settings.first_seed + max(3, settings.seeds))
     small, n_A = _located(seeds, slice(3, 6), (1, 300)), 1 / (6 * 5e-3) ** 2
     large = [_located(seeds, slice(0, 3), (2, 2000), reweighted=how) for how in (True, False)]
     ends = [descend_batches([80] * 3 + [10] * 3, 0.02, how, starts=len(seeds), seed=seeds[0]) for how in (True, False)]
-    fresh = replace(settings, first_seed=settings.first_seed + 600)
-    runs = condition_runs(unbalanced_recipes(fresh), fresh, progress).values()
     cosine = lambda run: group_cosine(head_of(run.model())[0], [-3, -2, -1])
     return Measured({
         "T4b": tuple(abs(small / critical_ratio(3, 3, 10, 5e-3, cost) - 1) for cost in ("sample", "class")),
