@@ -1,4 +1,4 @@
-"""Every notebook runs top to bottom, in a process of its own; the tutorial in a Jupyter kernel too, as in JupyterLab."""
+"""Every notebook runs top to bottom in a process of its own; the tutorial in a Jupyter kernel too, as in JupyterLab."""
 
 import multiprocessing
 import os
