@@ -1,10 +1,13 @@
 "Image recipes: what they refuse, what a seed draws, what is measured, and going on after an interruption."
+from copy import copy
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
+from nc_nbdev.lab.report import measure
 from nc_nbdev.lab.settings import SCALES, Settings
 from nc_nbdev.vision.models import model_names
 from nc_nbdev.vision.recipes import PRESETS, ImageRecipe, image_base, image_grid
@@ -49,6 +52,20 @@ def test_seen_and_rest_are_the_train_set_in_two_parts(imbalance):
     share = splits["seen"].class_counts / splits["train"].class_counts
     assert (share - share.mean()).abs().max() < 0.05                # stratified
     assert all(not dl.shuffle and dl.augment is None for dl in splits.values())
+
+
+def test_parts_of_the_train_set_are_measured_in_its_pass():
+    model, splits, ran = TINY.learner().model, TINY.loaders(), []
+    alone = {name: copy(dl) for name, dl in splits.items()}
+    for dl in alone.values(): vars(dl).pop("whole", None)
+    model.register_forward_hook(lambda *_: ran.append(len(ran)))
+    frames, runs = [], []
+    for found in (splits, alone):
+        tests, before = {name: dl for name, dl in found.items() if name != "train"}, len(ran)
+        frames.append(measure(model, found["train"], tests, references=TINY.references).frame)
+        runs.append(len(ran) - before)
+    assert runs == [2, 4]                                           # passes of one batch: train and test, or all four
+    pd.testing.assert_frame_equal(*frames, rtol=1e-4)
 
 
 @pytest.mark.parametrize("change", [

@@ -11,11 +11,12 @@ __all__ = ['TestCollapse', 'weak_variance', 'weak_lower_bound', 'test_collapse_f
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from .etf import as_whole
@@ -91,12 +92,17 @@ def weak_variance(
     return min(costs)
 
 # %% ../../nbs/geometry/80_generalization.ipynb #6069bd50
+@cache
+def _libraries() -> ThreadpoolController:
+    "What computes with threads, looked for once."
+    return ThreadpoolController()
+
 def _improve(X, K, init, starts, seed):
     "Cost of the best partition Lloyd's algorithm finds from `init`: (K, D) points, or 'k-means++' `starts` times."
     init = init if isinstance(init, str) else init.cpu().numpy()
     lloyd = KMeans(K, init=init, n_init=starts, tol=0, random_state=seed)
     # one thread: threads add up in any order, and the same seed is to give the same bits
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings(), _libraries().limit(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct samples than points: the cost is 0
         part = torch.as_tensor(lloyd.fit(X.cpu().numpy()).labels_, dtype=torch.int64, device=X.device)
     return _partition(X, part, K)[2].mean().item()

@@ -10,7 +10,7 @@ __all__ = ['MEANINGS', 'Collected', 'collect', 'CollapseReport', 'compare_splits
 # %% ../../nbs/lab/25_report.ipynb #0211d44c
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -121,13 +121,14 @@ def collect(
     reading: Mapping | None = None,                          # batch, output, ... of `tapped_batches`
     absent: str | None = None,                               # as in `measure`
     classes: Tensor | None = None,                           # those of the reference, where they are not all
+    run: Callable[..., Iterator] = tapped_batches,           # how the network is run over the batches
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
     tapped = tuple(dict.fromkeys((*layers, *(f"{h}:input" for h in heads), *(heads[1:] and heads))))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
     stats, features, nearest, labels, predictions, same, seen = {}, {}, {}, [], [], layers, None
-    with closing(tapped_batches(model, dl, tapped, pool, **(reading or {}))) as batches:
+    with closing(run(model, dl, tapped, pool, **(reading or {}))) as batches:
         for taps, out, y in batches:
             fits = out.shape == (*taps.rows.shape, num_classes)
             if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
@@ -398,6 +399,38 @@ def _tied(model, dl, head, reading):
 
 def _module(model, name): return dict(unwrap(model).named_modules()).get(name)
 
+# %% ../../nbs/lab/25_report.ipynb #bcdb9f39
+class _OnePass:
+    "`tapped_batches`, which keeps what it gives for a loader, and gives that again for parts of this loader."
+    def __init__(self, whole, others, most=2**28):     # keep this many numbers, 1 GB, at most
+        parts = any(getattr(dl, "whole", self) is whole for dl in others) and not getattr(whole, "shuffle", False)
+        self.whole, self.room, self.kept = whole if parts else self, most, []
+
+    def __call__(self, model, dl, layers, pool, **reading):
+        if self.kept and getattr(dl, "whole", None) is self.whole: return self._again(dl)
+        found = tapped_batches(model, dl, layers, pool, **reading)
+        return self._keep(found, layers) if dl is self.whole else found
+
+    def _keep(self, batches, layers):
+        with closing(batches):
+            for taps, out, y in batches:
+                found = {layer: taps[layer] for layer in layers if layer in taps}
+                self.room -= sum(t.numel() for t in (out, y, *found.values()))
+                if taps.rows.ndim > 1 or not taps.rows.all(): self.room = -1
+                self.kept = [*self.kept, (found, out, y)] if self.room >= 0 else []
+                yield taps, out, y
+
+    def _again(self, dl):
+        found, out, y = zip(*self.kept, strict=True)
+        found = {layer: torch.cat([batch[layer] for batch in found]) for layer in found[0]}
+        out, y = torch.cat(out), torch.cat(y)
+        for index in dl.index.split(dl.batch_size):
+            yield _Taps({layer: H[index] for layer, H in found.items()}, y[index] == y[index]), out[index], y[index]
+
+class _Taps(dict):
+    "Features by layer, and which samples have them."
+    def __init__(self, features, rows): super().__init__(features); self.rows = rows
+
 # %% ../../nbs/lab/25_report.ipynb #b261cf6b
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
@@ -430,7 +463,8 @@ def measure(
     bases, given = _references(tests, references), layers[-1:] if Wb and not heads else ()
     if tied: given = tuple({tied.layer} & {*layers})
     run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
-                  keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading)
+                  keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading,
+                  run=_OnePass(train_dl, tests.values()))
     try: passes = {"train": run(train_dl, class_counts=class_counts)}
     except ValueError:
         if not number_targets(train_dl, model, batch): raise

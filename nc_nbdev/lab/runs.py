@@ -203,7 +203,7 @@ class _Checkpoint(Callback):
 
     def after_train(self):
         self._keep(done := self.epoch + 1)
-        self.state = deepcopy(dict(epoch=done, model=self.model.state_dict(), opt=_plain(self.opt.state_dict())))
+        self.state = _plain(dict(epoch=done, model=self.model.state_dict(), opt=self.opt.state_dict()))
         self.state |= dict(rows=list(self.recorder.rows), reasons=dict(getattr(self.recorder, "reasons", {})))
         if time.monotonic() - self.saved >= self.seconds: self.save()
 
@@ -218,7 +218,8 @@ class _Checkpoint(Callback):
 
 
 def _plain(state):
-    "The same with lists and dictionaries of Python only, which are safe to read back; fastai has its own."
+    "A copy with lists and dictionaries of Python only, which are safe to read back; fastai has its own."
+    if isinstance(state, torch.Tensor): return state.clone()
     if isinstance(state, dict): return {k: _plain(v) for k, v in state.items()}
     return [_plain(v) for v in state] if isinstance(state, (list, tuple, L)) else state
 

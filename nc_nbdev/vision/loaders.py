@@ -133,9 +133,10 @@ def part(
     self: TensorLoader,
     index: Tensor,       # of samples, on the CPU
 ) -> TensorLoader:       # with the same normalisation
-    "A loader of some of the samples."
+    "A loader of some of the samples; `whole` and `index` say which."
     other, index = copy(self), index.to(self.device)
     other.images, other.labels = self.images[index], self.labels[index]
+    other.whole, other.index = self, index
     return other
 
 # %% ../../nbs/vision/20_loaders.ipynb #32df7451
