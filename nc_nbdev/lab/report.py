@@ -404,7 +404,7 @@ class _OnePass:
     "`tapped_batches`, which keeps what it gives for a loader, and gives that again for parts of this loader."
     def __init__(self, whole, others, most=2**28):     # keep this many numbers, 1 GB, at most
         parts = any(getattr(dl, "whole", self) is whole for dl in others) and not getattr(whole, "shuffle", False)
-        self.whole, self.room, self.kept = whole if parts else self, most, []
+        self.whole, self.most, self.kept = whole if parts else self, most, []
 
     def __call__(self, model, dl, layers, pool, **reading):
         if self.kept and getattr(dl, "whole", None) is self.whole: return self._again(dl)
@@ -412,6 +412,7 @@ class _OnePass:
         return self._keep(found, layers) if dl is self.whole else found
 
     def _keep(self, batches, layers):
+        self.room, self.kept = self.most, []           # a pass that failed may have left some
         with closing(batches):
             for taps, out, y in batches:
                 found = {layer: taps[layer] for layer in layers if layer in taps}
