@@ -247,6 +247,12 @@ def test_gaussian_error_with_many_shots_is_that_of_the_midplane(D):
     assert tb.gaussian_few_shot_error(D * sigma**2, D, 10**5) == pytest.approx(norm.cdf(-0.5 / sigma), rel=2e-3)
 
 
+@pytest.mark.parametrize(("V", "n"), [(0.005, 1), (0.01, 5), (0.5, 2)])
+def test_gaussian_error_on_a_line_is_that_of_two_signs(V, n):
+    side, order = norm.cdf(-0.5 / (V * (1 + 0.5 / n)) ** 0.5), norm.cdf(-((n / (2 * V)) ** 0.5))
+    assert tb.gaussian_few_shot_error(V, 1, n) == pytest.approx(side * (1 - order) + order * (1 - side), rel=1e-6)
+
+
 @quick
 @given(st.floats(0.02, 2), st.integers(1, 20), st.integers(1, 10))
 def test_gaussian_error_obeys_the_bound_and_falls_with_shots(V, D, n):

@@ -21,6 +21,7 @@ from nc_nbdev.theory import other_losses as ol
 from nc_nbdev.theory.free_features import FreeFeatures, Problem
 from nc_nbdev.theory.normalised import on_spheres
 from nc_nbdev.theory.transfer_bound import class_cdnv
+from nc_nbdev.theory.unconstrained_ce import nc1_rate
 
 quick = settings(max_examples=12, deadline=None)
 decay = st.floats(1e-3, 0.1)
@@ -51,6 +52,7 @@ def test_rate_of_a_loss_is_an_eigenvalue_within_a_class(name, K, n):
     along = lambda x: _objective(solution, torch.cat([(H[0] + x)[None], (H[1] - x)[None], H[2:]]), loss)
     second = torch.func.hessian(along)(torch.zeros(K - 1, dtype=torch.float64)) / 2
     assert torch.linalg.eigvalsh(second).min().item() == pytest.approx(ol.loss_rate(loss, problem), rel=1e-5)
+    if name == "cross-entropy": assert nc1_rate(problem) == pytest.approx(ol.loss_rate(loss, problem), rel=1e-6)
 
 
 def _objective(model, H, loss):

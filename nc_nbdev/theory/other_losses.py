@@ -113,11 +113,11 @@ def loss_rate(
     loss: Callable,    # as in `loss_minimum`
     problem: Problem,  # with 3 <= K <= D+1
 ) -> float:            # per unit of time (steps times learning rate)
-    "The rate at which deviations within classes vanish in the end. Raises `ValueError` unless 3 <= K <= D+1."
+    "The rate at which deviations within classes vanish in the end. Raises `ValueError` where there is none."
     K = problem.num_classes
     if K < 3 or problem.dim < K - 1: raise ValueError(f"loss_rate holds for 3 <= K <= D+1, got K={K}, D={problem.dim}")
+    if not (end := loss_minimum(loss, problem)).margin: raise ValueError("decay is so strong that all vanishes")
     if problem.dim >= K: return problem.lh
-    end = loss_minimum(loss, problem)
     return problem.lh * (1 + end.curvature * end.margin / (K * problem.strength))
 
 
