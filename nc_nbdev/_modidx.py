@@ -1584,8 +1584,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'nc_nbdev/theory/other_losses.py')},
             'nc_nbdev.theory.perturbation': { 'nc_nbdev.theory.perturbation._rises': ( 'theory/perturbation.html#_rises',
                                                                                        'nc_nbdev/theory/perturbation.py'),
-                                              'nc_nbdev.theory.perturbation._shrinkage_errors': ( 'theory/perturbation.html#_shrinkage_errors',
-                                                                                                  'nc_nbdev/theory/perturbation.py'),
                                               'nc_nbdev.theory.perturbation.collapsed_scale': ( 'theory/perturbation.html#collapsed_scale',
                                                                                                 'nc_nbdev/theory/perturbation.py'),
                                               'nc_nbdev.theory.perturbation.first_order': ( 'theory/perturbation.html#first_order',
