@@ -178,6 +178,13 @@ def test_margin_grows_exactly_when_elastic(gap):
     assert le.mean_margin(torch.eye(4)).item() == 1
 
 
+def test_margin_of_the_simplex_grows_as_its_equation_says():
+    start, times = 1.5 * torch.eye(4, dtype=torch.float64), torch.tensor([0.0, 1e-4], dtype=torch.float64)
+    path = le.predict_separation(start, torch.full((2,), 0.6, dtype=torch.float64), times, substeps=1)
+    speed = (le.mean_margin(path[1]) - le.mean_margin(path[0])).item() / 1e-4
+    assert speed == pytest.approx(0.6 / (math.exp(1.5) + 3), rel=1e-6)
+
+
 def test_elasticities_of_a_linear_model_and_its_copy():
     model = nn.Linear(5, 3, bias=False).double()
     before = model.weight.clone()

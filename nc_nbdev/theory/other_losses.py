@@ -81,8 +81,8 @@ def loss_minimum(
     "The smallest g(s) = psi(s) + strength (K-1) s over s >= 0 by search, and the curvature there."
     K, strength = problem.num_classes, problem.strength
     g = lambda s: _of_row(loss, _row(loss, s, K)).item() + strength * (K - 1) * s
-    near = min(np.linspace(0, 40, 401), key=g)  # the focal loss is not convex
-    end = minimize_scalar(g, bounds=(max(0, near - 0.1), near + 0.1), method="bounded", options=dict(xatol=1e-13))
+    near = min(np.linspace(0, 40, 161), key=g)  # the focal loss is not convex
+    end = minimize_scalar(g, bounds=(max(0, near - 0.25), near + 0.25), method="bounded", options=dict(xatol=1e-13))
     s, value = min((end.x, end.fun), (0.0, g(0)), key=lambda point: point[1])
     centring = torch.eye(K, dtype=torch.float64) - 1 / K
     second = centring @ torch.func.hessian(partial(_of_row, loss))(_row(loss, s, K)) @ centring

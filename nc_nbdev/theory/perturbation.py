@@ -134,8 +134,8 @@ def responses(
     "Logarithmic derivatives of nc1_trace and of the residual by each regulariser. Raises as `collapsed_scale`."
     h, w = collapsed_scale(c0, gamma_h, gamma_w)
     a, q = (h * h - gamma_w) / (h * h + gamma_w), w * w / (gamma_h + w * w)
-    g = 1 / (h / (h - c0) + 1 + 2 * a)
-    p = inside * (1 - q) ** 2 / (inside * (1 - q) ** 2 + 1 - inside)   # the share inside of what is left
+    g = 1 / (gamma_h * (h * h + gamma_w) ** 2 / gamma_w + 1 + 2 * a)   # the first term is h / (h - c0)
+    p = inside * (1 - q) ** 2 / (inside * (1 - q) ** 2 + (1 - inside))   # the share inside of what is left
     return {"nc1 by lh": 2 * (p * q * (1 - 2 * a * g) + g), "nc1 by lw": 2 * (p * q * (1 - a + 2 * a * a * g) - a * g),
             "residual by lh": (1 + a) * g, "residual by lw": (1 + a) * (0.5 - a * g)}
 
