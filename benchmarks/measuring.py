@@ -62,8 +62,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", type=float, default=1.0, help="share of the images and epochs")
     parser.add_argument("--rounds", type=int, default=5, help="of which the least seconds count")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    print(f"{args.threads} threads")
     for name, (kind, channels, size, bar) in NETS.items():
         count = max(40, int(args.scale * {"resnet18": 500, "small_resnet": 1438 if size == 8 else 4000}[kind]))
         data = images(channels, size, count)

@@ -2,6 +2,7 @@
 
     python benchmarks/statistics.py               both sizes with one thread and with two, minutes
     python benchmarks/statistics.py --curves      also over N, D and K, into results/benchmarks/statistics.csv
+    python benchmarks/statistics.py --extreme     only a vocabulary of 50,257 words: seconds and memory of one stream
 
 Everything compared is run in turn, round after round in one process, so that a busy machine slows all of it alike. The
 smallest of the rounds is printed, and ratios are of these. Memory is the high-water mark of resident memory in a
@@ -26,6 +27,7 @@ import argparse
 import csv
 import ctypes
 import gc
+import resource
 import subprocess
 import time
 from importlib.util import find_spec
@@ -36,7 +38,7 @@ import torch
 from nc_nbdev.geometry.duality import nc3_cosine, nc3_etf
 from nc_nbdev.geometry.means import nc2_etf
 from nc_nbdev.geometry.measures import measure_collapse, measure_features
-from nc_nbdev.geometry.nearest_centre import nc4_disagreement
+from nc_nbdev.geometry.nearest_centre import nc4_disagreement, nearest_centre
 from nc_nbdev.geometry.statistics import ClassStatistics
 from nc_nbdev.geometry.variability import cdnv, nc1_pinv, nc1_trace
 
@@ -245,6 +247,26 @@ def curves(file, rounds=3):
                     table.writerow((over, N, D, K, what, f"{clock:.5f}"))
 
 
+def extreme(N, D=768, K=50_257, batch=4096):
+    "One stream of features that never are in memory together, then every measure of its statistics."
+    generator = torch.Generator().manual_seed(0)
+    mu, y = torch.randn(K, D, generator=generator), torch.cat([torch.arange(K), torch.randint(K, (N - K,))])
+    print(f"\nN = {N:,}, D = {D}, K = {K:,}, float32, batches of {batch}, {torch.get_num_threads()} threads",
+          flush=True)
+    start, stats = time.perf_counter(), ClassStatistics(K, D, "full", y.bincount())
+    for c in y.split(batch): stats.update(torch.randn(len(c), D, generator=generator) + mu[c], c)
+    line("stream full", f"{time.perf_counter() - start:.0f} s")
+    found, start = measure_collapse(stats, (mu, None)), time.perf_counter() - start
+    line("every measure of it", f"{start:.0f} s in all")
+    start, c = time.perf_counter(), y[:batch]
+    near = nearest_centre(torch.randn(len(c), D, generator=generator) + mu[c], stats.means)
+    line(f"nearest centre of {batch} samples", f"{time.perf_counter() - start:.0f} s",
+         f"accuracy {(near == c).double().mean():.3f}")
+    print(found)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line("memory of the process", f"{peak / 1e9:.2f} GB", f"bar 6 GB: {'met' if peak < 6e9 else 'MISSED'}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, help="one size only")
@@ -253,7 +275,9 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
     parser.add_argument("--curves", action="store_true", help="also over N, D and K")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--extreme", action="store_true", help="50,257 classes, and nothing else")
     args = parser.parse_args()
+    if args.extreme: return extreme(max(60_000, int(200_000 * args.scale)))
     if args.memory:
         N, D, K = SIZES[args.size]
         measure_memory(int(N * args.scale), D, K, args.memory)

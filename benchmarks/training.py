@@ -67,8 +67,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", type=float, default=1.0, help="share of the images")
     parser.add_argument("--rounds", type=int, default=5, help="epochs, of which the least seconds count")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    print(f"{args.threads} threads")
     for name, (kind, channels, size, count) in CASES.items():
         count, recipe = max(80, int(args.scale * count)), ImageRecipe(model=kind, epochs=1, batch_size=64)
         data = images(channels, size, count)

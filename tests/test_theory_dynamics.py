@@ -178,6 +178,13 @@ def test_margin_grows_exactly_when_elastic(gap):
     assert le.mean_margin(torch.eye(4)).item() == 1
 
 
+def test_margin_of_the_simplex_grows_as_its_equation_says():
+    start, times = 1.5 * torch.eye(4, dtype=torch.float64), torch.tensor([0.0, 1e-4], dtype=torch.float64)
+    path = le.predict_separation(start, torch.full((2,), 0.6, dtype=torch.float64), times, substeps=1)
+    speed = (le.mean_margin(path[1]) - le.mean_margin(path[0])).item() / 1e-4
+    assert speed == pytest.approx(0.6 / (math.exp(1.5) + 3), rel=1e-6)
+
+
 def test_elasticities_of_a_linear_model_and_its_copy():
     model = nn.Linear(5, 3, bias=False).double()
     before = model.weight.clone()
@@ -245,6 +252,12 @@ def test_two_points_attain_cantelli(p):
 def test_gaussian_error_with_many_shots_is_that_of_the_midplane(D):
     sigma = 0.4
     assert tb.gaussian_few_shot_error(D * sigma**2, D, 10**5) == pytest.approx(norm.cdf(-0.5 / sigma), rel=2e-3)
+
+
+@pytest.mark.parametrize(("V", "n"), [(0.005, 1), (0.01, 5), (0.5, 2)])
+def test_gaussian_error_on_a_line_is_that_of_two_signs(V, n):
+    side, order = norm.cdf(-0.5 / (V * (1 + 0.5 / n)) ** 0.5), norm.cdf(-((n / (2 * V)) ** 0.5))
+    assert tb.gaussian_few_shot_error(V, 1, n) == pytest.approx(side * (1 - order) + order * (1 - side), rel=1e-6)
 
 
 @quick

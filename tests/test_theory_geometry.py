@@ -63,6 +63,12 @@ def test_variability_rate_is_an_eigenvalue_of_the_hessian(K, spare, n, tau):
     assert rate == pytest.approx(nm.measured_rate(problem, starts=1)[0], rel=0.02)
 
 
+def test_curvature_away_from_critical_points_knows_no_radial_direction():
+    model = FreeFeatures(nm.on_spheres(3, 4, 2, 1.7), seed=1)
+    H, X = nm.sphere_hessian(model), torch.cat([model.H, model.W]).detach()
+    assert (H @ torch.block_diag(*X[:, :, None])).abs().max() < 1e-12 < H.abs().max()
+
+
 @pytest.mark.parametrize(("K", "D", "n"), [(3, 2, 1), (4, 3, 2), (3, 4, 4)])
 def test_coincident_point_is_a_strict_saddle(K, D, n):
     w = torch.eye(D, dtype=torch.float64)[:1]
@@ -205,6 +211,14 @@ def test_twins_merge_exactly_when_predicted(sizes, exponent, per_class, reweight
         slack = problem.shares[2 * g] / math.sqrt(problem.costs[2 * g]) / problem.lam - 1
         if abs(slack) < 0.05: continue  # at the threshold itself descent is slow
         assert (mino.twin_margin(model, slice(2 * g, 2 * g + 2)) < 1e-3) == predicted == (slack < 0)
+
+
+@pytest.mark.parametrize("cost", ["sample", "class"])
+@pytest.mark.parametrize(("k_A", "k_B", "n_B", "lam"), [(3, 3, 10, 5e-3), (1, 4, 3, 2e-2)])
+def test_critical_ratio_is_where_small_classes_begin_to_merge(k_A, k_B, n_B, lam, cost):
+    r = mino.critical_ratio(k_A, k_B, n_B, lam, cost)
+    at = lambda ratio: mino.merges(mino.peeled([ratio * n_B] * k_A + [n_B] * k_B, lam, lam, cost))
+    assert not at(0.999 * r)[-1] and at(1.001 * r)[-1] and not at(1.001 * r)[0]
 
 
 def test_penalties_enter_through_their_product_only():

@@ -195,6 +195,14 @@ def test_laws_solve_their_differential_equations():
 
 # squared error
 
+@pytest.mark.parametrize(("K", "n"), [(2, 3), (4, 5)])
+def test_growth_from_a_small_start_is_the_curvature_at_zero(K, n):
+    model = FreeFeatures(Problem(K, 5, n, 0.0, 0.0, 0.0, loss="mse"), scale=0.0)
+    with torch.no_grad(): model.b.fill_(1 / K)
+    lowest = torch.linalg.eigvalsh(free.hessian(model))[0].item()
+    assert lowest == pytest.approx(-mse.linear_rate(model.problem), rel=1e-9)
+
+
 @few
 @given(build("mse"), st.integers(0, 99), st.floats(0.05, 2))
 def test_the_parts_sum_to_the_loss(problem, seed, scale):

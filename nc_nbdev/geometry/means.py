@@ -81,16 +81,19 @@ def nc2_angles(
     weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0; 0 when all angles are equal
     "Standard deviation of `cos(M_c, M_c')` over pairs (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
-    parts = [(cos.numel(), *torch.var_mean(cos, correction=0)) for cos in _cosines(source, centred, weighting)]
+    U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
+    if len(U) > 2 * U.shape[1]:  # the cosines then cannot be alike, and their sums need no (K, K) product
+        pairs, squares = len(U) * (len(U) - 1), (U.T @ U).square().sum() - len(U)
+        return (squares / pairs - ((U.sum(0).square().sum() - len(U)) / pairs).square()).sqrt().item()
+    parts = [(cos.numel(), *torch.var_mean(cos, correction=0)) for cos in _cosines(U)]
     n, variance, mean = torch.tensor(parts, dtype=torch.float64).T  # of each part
     return (n @ (variance + (mean - n @ mean / n.sum()).square()) / n.sum()).sqrt().item()
 
 # %% ../../nbs/geometry/30_means.ipynb #139a3938
 TILE = 1024  # rows of a (K, K) matrix held at a time: with more classes it need not fit into memory
 
-def _cosines(source, centred, weighting):  # (TILE, K-1) each
-    "Cosines of each row with every other row, some rows at a time."
-    U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
+def _cosines(U):  # (TILE, K-1) each
+    "Cosines of each unit row with every other row, some rows at a time."
     for start, rows in zip(range(0, len(U), TILE), U.split(TILE), strict=True):
         cos = (rows @ U.T).clamp(-1, 1)  # (TILE, K)
         other = torch.ones_like(cos, dtype=torch.bool)
@@ -105,9 +108,13 @@ def nc2_max_angle(
     weighting: str = "class",  # mu_G is the mean of class means ("class") or of samples ("sample": statistics only)
 ) -> float:  # >= 0; 0 when every cosine is -1/(K-1)
     "Mean distance of `cos(M_c, M_c')` from -1/(K-1) (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
-    sums = [((cos + 1 / cos.shape[1]).abs().sum().item(), cos.numel()) for cos in _cosines(source, centred, weighting)]
-    total, pairs = map(sum, zip(*sums, strict=True))
-    return total / pairs
+    U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
+    if (K := len(U)) <= TILE: return (next(_cosines(U)) + 1 / (K - 1)).abs().mean().item()
+    total = 0.0
+    for start, rows in zip(range(0, K, TILE), U.split(TILE), strict=True):  # each pair once
+        far = (rows @ U[start:].T).clamp_(-1, 1).add_(1 / (K - 1)).abs_()  # (TILE, K - start)
+        total += far.triu_(1).sum().item()
+    return 2 * total / (K * (K - 1))
 
 # %% ../../nbs/geometry/30_means.ipynb #7e12af2f
 def nc2_etf(
@@ -128,6 +135,7 @@ def simplex_distance(
     "`gram_distance(A @ B.T, simplex_gram(K))`, some rows at a time. Raises ValueError when A B^T is zero."
     K = len(A)
     if K <= TILE: return gram_distance(A @ B.T, simplex_gram(K))
+    if K > 2 * A.shape[1]: return _distance_by_traces(A, B)
     norm = sum((rows @ B.T).square().sum() for rows in A.split(TILE)).sqrt()
     if norm == 0: raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
     total = 0.0
@@ -150,6 +158,14 @@ def gram_distance(
     if not gram.any() or not target.any():
         raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
     return (gram / gram.norm() - target / target.norm()).norm().item()
+
+# %% ../../nbs/geometry/30_means.ipynb #990276ef
+def _distance_by_traces(A, B):
+    "`simplex_distance` for K > 2D."
+    norm = ((A.T @ A) * (B.T @ B)).sum().clamp(min=0).sqrt()
+    if norm == 0: raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
+    K, centred = len(A), (A * B).sum() - A.sum(0) @ B.sum(0) / len(A)
+    return (2 - 2 * centred / (norm * math.sqrt(K - 1))).sqrt().item()
 
 # %% ../../nbs/geometry/30_means.ipynb #c3f8a4b6
 def _distance_to_hull(

@@ -36,7 +36,8 @@ def flat_direction(
     own: np.ndarray,  # (N,) bool: the samples of the class
 ) -> np.ndarray | None:  # (d,), None where there is none
     "The shortest a with X a = 1 on the class and X a <= 0 on all others: least distance programming (Lawson, Hanson)."
-    E, R = X[own], X[~own]
+    size = np.sqrt(np.mean(X**2)) or 1.0  # the tolerances below are for data of size 1
+    E, R = X[own] / size, X[~own] / size
     first = np.linalg.lstsq(E, np.ones(len(E)), rcond=None)[0]  # the shortest that is 1 on the class
     if np.abs(E @ first - 1).max() > 1e-8: return None
     free = np.linalg.svd(E)[2][np.linalg.matrix_rank(E):]       # (m, d): what does not change the class
@@ -44,7 +45,7 @@ def flat_direction(
     weights, left = nnls(bounds, np.eye(len(bounds))[-1], maxiter=100 * len(R))
     if left < 1e-7: return None
     error = bounds @ weights - np.eye(len(bounds))[-1]
-    return first + free.T @ (-error[:-1] / error[-1])
+    return (first + free.T @ (-error[:-1] / error[-1])) / size
 
 # %% ../../nbs/theory/85_data_aware.ipynb #aa7919e7
 def collapsed_layer(

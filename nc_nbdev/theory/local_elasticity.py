@@ -105,7 +105,7 @@ def expected_nc1_fading(
 ) -> float:
     "Expected within- over expected between-class variance where alpha - beta = c / t and sigma = 1."
     p, noise = c / num_classes, dim * (num_classes - 1) / (num_classes * per_class)
-    growth = t * np.log(t) if p == 0.5 else (t ** (2 * p) - t) / (2 * p - 1)
+    growth = t * np.log(t) if p == 0.5 else t * np.expm1((2 * p - 1) * np.log(t)) / (2 * p - 1)
     return (within + dim * (1 - 1 / per_class) * (t - 1)) / (between * t ** (2 * p) + noise * growth)
 
 # %% ../../nbs/theory/80_local_elasticity.ipynb #f3c85476

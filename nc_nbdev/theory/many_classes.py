@@ -88,7 +88,8 @@ def margin_bound(
     "A lower bound of the smallest logit margin of every global minimiser at this temperature (derived here)."
     log_odds = math.log(num_classes - 1) - tau * margin  # of (1 + e^l)^K - 1, which is K e^l where e^l is tiny
     if log_odds < -600: return -(math.log(num_classes) + log_odds) / tau
-    return -math.log(math.expm1(num_classes * math.log1p(math.exp(log_odds)))) / tau
+    x = num_classes * math.log1p(math.exp(log_odds))
+    return -(x + math.log(-math.expm1(-x))) / tau  # log(e^x - 1) for any size of x
 
 # %% ../../nbs/theory/30_many_classes.ipynb #32669e26
 def orthogonal_pairs(

@@ -81,8 +81,8 @@ def loss_minimum(
     "The smallest g(s) = psi(s) + strength (K-1) s over s >= 0 by search, and the curvature there."
     K, strength = problem.num_classes, problem.strength
     g = lambda s: _of_row(loss, _row(loss, s, K)).item() + strength * (K - 1) * s
-    near = min(np.linspace(0, 40, 401), key=g)  # the focal loss is not convex
-    end = minimize_scalar(g, bounds=(max(0, near - 0.1), near + 0.1), method="bounded", options=dict(xatol=1e-13))
+    near = min(np.linspace(0, 40, 161), key=g)  # the focal loss is not convex
+    end = minimize_scalar(g, bounds=(max(0, near - 0.25), near + 0.25), method="bounded", options=dict(xatol=1e-13))
     s, value = min((end.x, end.fun), (0.0, g(0)), key=lambda point: point[1])
     centring = torch.eye(K, dtype=torch.float64) - 1 / K
     second = centring @ torch.func.hessian(partial(_of_row, loss))(_row(loss, s, K)) @ centring
@@ -113,11 +113,11 @@ def loss_rate(
     loss: Callable,    # as in `loss_minimum`
     problem: Problem,  # with 3 <= K <= D+1
 ) -> float:            # per unit of time (steps times learning rate)
-    "The rate at which deviations within classes vanish in the end. Raises `ValueError` unless 3 <= K <= D+1."
+    "The rate at which deviations within classes vanish in the end. Raises `ValueError` where there is none."
     K = problem.num_classes
     if K < 3 or problem.dim < K - 1: raise ValueError(f"loss_rate holds for 3 <= K <= D+1, got K={K}, D={problem.dim}")
+    if not (end := loss_minimum(loss, problem)).margin: raise ValueError("decay is so strong that all vanishes")
     if problem.dim >= K: return problem.lh
-    end = loss_minimum(loss, problem)
     return problem.lh * (1 + end.curvature * end.margin / (K * problem.strength))
 
 

@@ -60,12 +60,13 @@ def gaussian_few_shot_error(
     shots: int,  # n
 ) -> float:  # 0 to 1
     "Exact nearest-centre error for two isotropic Gaussian classes of equal variance."
-    from scipy.stats import ncx2
+    from scipy.stats import ncx2, norm
     sigma = (cdnv / dim) ** 0.5                                        # Delta = 1
     s_x, s_r = sigma * (1 + 0.5 / shots) ** 0.5, sigma * (2 / shots) ** 0.5
     plus, minus = ((0.5 / s_x + sign / s_r) ** 2 / 2 for sign in (1, -1))
-    x, weight = np.polynomial.legendre.leggauss(400)
-    return float(np.sum(weight / 2 * ncx2.cdf(ncx2.ppf((x + 1) / 2, dim, minus), dim, plus)))
+    x, weight = 10 * np.array(np.polynomial.legendre.leggauss(400))  # of a standard normal variable, -10 to 10
+    quantiles = np.where(x < 0, ncx2.ppf(norm.cdf(x), dim, minus), ncx2.isf(norm.sf(x), dim, minus))
+    return float(np.sum(weight * norm.pdf(x) * ncx2.cdf(quantiles, dim, plus)))
 
 # %% ../../nbs/theory/90_transfer_bound.ipynb #02171fd5
 from ..geometry.nearest_centre import ncc_accuracy

@@ -63,11 +63,12 @@ def lowest_curvature_at_zero(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #e7aed960
 def nc1_rate(
-    problem: Problem,  # with 3 <= K <= D+1
+    problem: Problem,  # with 3 <= K <= D+1, below the threshold
 ) -> float:            # per unit of time (steps times learning rate)
-    "The rate r at which deviations within classes vanish in the end. Raises `ValueError` unless 3 <= K <= D+1."
+    "The rate r at which deviations within classes vanish in the end. Raises `ValueError` where there is none."
     K = problem.num_classes
     if K < 3 or problem.dim < K - 1: raise ValueError(f"nc1_rate holds for 3 <= K <= D+1, got K={K}, D={problem.dim}")
+    if K * problem.strength >= 1: raise ValueError(f"K strength = {K * problem.strength:.3g}: from 1 on all vanishes")
     return problem.lh * (1.0 if problem.dim >= K else 1 + ce_minimum(problem).margin / K)
 
 
