@@ -3,10 +3,11 @@
     python benchmarks/precision.py            minutes on two cores; the runs are kept with all others
 
 A measure is changed where Welch's t-test over seeds says so at the level 0.01. The table is kept as
-results/benchmarks/precision.csv.
+results/benchmarks/precision.csv, and beside it the machine and the versions.
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from scipy.stats import ttest_ind
 
 from nc_nbdev.lab.runs import get_runs
 from nc_nbdev.lab.settings import get_settings
+from nc_nbdev.reproduce import environment
 from nc_nbdev.vision.recipes import ImageRecipe
 
 MEASURES = {"train": ("train_variance", "nc1_trace", "nc2_etf", "nc3_duality", "ncc_accuracy"),
@@ -43,7 +45,9 @@ def main():
     print(f"bar: no measure changed by bf16, {args.seeds} seeds: {f'MISSED by {changed}' if changed else 'met'}")
     file = Path(__file__).parents[1] / "results/benchmarks/precision.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(5).to_csv(file, index_label=["split", "measure"], lineterminator="\n")
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["split", "measure"])
+    table.round(5).to_csv(file, lineterminator="\n")
+    file.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

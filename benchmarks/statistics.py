@@ -27,6 +27,7 @@ import argparse
 import csv
 import ctypes
 import gc
+import json
 import resource
 import subprocess
 import time
@@ -245,6 +246,8 @@ def curves(file, rounds=3):
             for N, D, K in sizes:
                 for what, clock in seconds(jobs_of(N, D, K)[0], rounds)[0].items():
                     table.writerow((over, N, D, K, what, f"{clock:.5f}"))
+    from nc_nbdev.reproduce import environment  # not before memory is measured
+    file.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 def extreme(N, D=768, K=50_257, batch=4096):

@@ -137,10 +137,11 @@ CLAIMS = (
 # %% ../../nbs/neighbours/80_feature_complexity.ipynb #80228633
 WIDTHS = (32, 64, 128)
 
-def _conditions():
-    "Condition -> recipe."
+def _conditions(settings):
+    "Condition -> recipe; wider networks, too, from `workstation` on."
+    widths = WIDTHS + ((256, 512) if settings.preset in ("workstation", "paper") else ())
     return {f"{name}, width {w}": WideDigits(width=w, random_labels=name != "digits")
-            for name in ("digits", "random labels") for w in WIDTHS}
+            for name in ("digits", "random labels") for w in widths}
 
 
 def _left(history, name, width, measure="path_complexity", layer="layer1"):
@@ -151,17 +152,18 @@ def _left(history, name, width, measure="path_complexity", layer="layer1"):
 def _figure(history):
     "Units left over width, for both ways of merging."
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.5), sharey=True)
+    widths = sorted({int(name.rpartition(" ")[2]) for name in history.condition.unique()})
     for ax, measure, title in zip(axes, ("path_complexity", "ifm_complexity"), ("by direction", "IFM"), strict=True):
         for k, name in enumerate(("digits", "random labels")):
             for layer, line in (("layer1", "-"), ("layer2", "--")):
-                left = [_left(history, name, w, measure, layer) for w in WIDTHS]
+                left = [_left(history, name, w, measure, layer) for w in widths]
                 centre = [v.mean() for v in left]
                 spread = [[c - v.min() for c, v in zip(centre, left, strict=True)],
                           [v.max() - c for c, v in zip(centre, left, strict=True)]]
-                ax.errorbar(WIDTHS, centre, spread, color=f"C{k}", linestyle=line, marker="o", ms=4,
+                ax.errorbar(widths, centre, spread, color=f"C{k}", linestyle=line, marker="o", ms=4,
                             label=f"{name}, {layer}")
-        ax.plot(WIDTHS, WIDTHS, ":", color="0.5", label="all units")
-        ax.set(xscale="log", yscale="log", xlabel="width", title=title, xticks=WIDTHS, xticklabels=WIDTHS)
+        ax.plot(widths, widths, ":", color="0.5", label="all units")
+        ax.set(xscale="log", yscale="log", xlabel="width", title=title, xticks=widths, xticklabels=widths)
         ax.minorticks_off()
     axes[0].set(ylabel="units left", yticks=(8, 16, 32, 64, 128), yticklabels=(8, 16, 32, 64, 128))
     axes[0].legend(fontsize=7)
@@ -174,7 +176,7 @@ def run_feature_complexity(
     progress=True,   # show bars
 ):
     "Train networks of several widths on digits and on random labels, and merge their units."
-    history = histories(_conditions(), settings, progress)
+    history = histories(_conditions(settings), settings, progress)
     share = lambda name, width, *how: _left(history, name, width, *how) / width
     both = lambda quantity: (quantity("digits"), quantity("random labels"))
     return Measured({"nk1": both(lambda name: share(name, 128)),

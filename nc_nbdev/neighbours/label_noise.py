@@ -105,9 +105,10 @@ CLAIMS = (
               "the same with correct labels", at_least=0.01, source=_NGUYEN, reason="one image in a hundred"))
 
 # %% ../../nbs/neighbours/65_label_noise.ipynb #68933da0
-def _conditions():
-    "Condition -> recipe."
-    noisy, clean = NoisyDigits(), NoisyDigits(noise=0.0)
+def _conditions(settings):
+    "Condition -> recipe; trained five times as long from `workstation` on."
+    noisy = NoisyDigits(epochs=70 if settings.preset in ("workstation", "paper") else 14)
+    clean = replace(noisy, noise=0.0)
     smooth = lambda recipe: replace(recipe, smoothing=0.1)
     return {"noise": noisy, "noise, label smoothing": smooth(noisy),
             "wrong samples removed": replace(noisy, removed=True),
@@ -117,7 +118,8 @@ def _conditions():
 def _figure(history):
     "Test NC1 over epochs, and against memorisation."
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    styles = dict(zip(_conditions(), (("C0", "-"), ("C1", "-"), ("C2", "-"), ("C3", "--"), ("C4", ":")), strict=True))
+    looks = ("C0", "-"), ("C1", "-"), ("C2", "-"), ("C3", "--"), ("C4", ":")
+    styles = dict(zip(history.condition.unique(), looks, strict=True))
     for name, (color, line) in styles.items():
         plot_measure(history, "nc1_trace", "test", ax=left, condition=name, label=name, color=color, linestyle=line)
     for name in list(styles)[:2]:
@@ -137,7 +139,7 @@ def run_label_noise(
     progress=True,   # show bars
 ):
     "Train on redrawn labels, with and without label smoothing, and measure memorisation and dilation."
-    history = histories(_conditions(), settings, progress)
+    history = histories(_conditions(settings), settings, progress)
     of = lambda c, measure, split: final(curves(history, measure, split, condition=c))
     dilation = lambda a, b: of(a, "nc1_trace", "test") / of(b, "nc1_trace", "test")
     smaller = lambda c: dilation(c, f"{c}, label smoothing")

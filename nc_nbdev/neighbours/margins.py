@@ -22,7 +22,7 @@ from ..geometry.nearest_centre import logit_margin
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import curves, final, tpt_start, value_at
-from ..lab.studies import Measured, condition_runs, histories, study
+from ..lab.studies import Measured, condition_runs, recorded, study
 from .apparatus import SystemRecipe, collapse_rows, digit_vectors, relu_network
 from ..vision.data import seeded
 from ..vision.sources import load_dataset
@@ -123,21 +123,19 @@ CLAIMS = (
               interval="log-t", source=_GAO, reason="half as much again"))
 
 # %% ../../nbs/neighbours/90_margins.ipynb #55cd2132
-def _accuracies(conditions, settings, progress):
-    "Test accuracies at the end: (conditions, seeds)."
-    runs = condition_runs(conditions, settings, progress)
-    return np.array([[curves(r.history, "accuracy", "test").iloc[-1].item() for r in group] for group in runs.values()])
-
-
-def _spreads(settings, progress):
-    "Standard deviations of test accuracy over alignments, orders and other orders, by seed."
-    base, kinds = FixedSimplexDigits(epochs=4, measure_points=2), {}
+def _draws():
+    "(What is drawn anew, number of the draw) -> recipe."
+    base, draws = FixedSimplexDigits(epochs=4, measure_points=2), {}
     for i in range(1, 5):
-        kinds |= {("alignment", i): replace(base, alignment=i), ("order", i): replace(base, order=i),
+        draws |= {("alignment", i): replace(base, alignment=i), ("order", i): replace(base, order=i),
                   ("other order", i): replace(base, order=4 + i)}
-    found = _accuracies(kinds, settings, progress)
-    pick = lambda kind: found[[k == kind for k, _ in kinds]].std(axis=0, ddof=1)
-    return {kind: pick(kind) for kind in ("alignment", "order", "other order")}
+    return draws
+
+
+def _spread(runs, kind):
+    "Standard deviation of test accuracy at the end over the draws of a kind, by seed."
+    end = lambda run: curves(run.history, "accuracy", "test").iloc[-1].item()
+    return np.std([[end(r) for r in runs[k, i]] for k, i in _draws() if k == kind], axis=0, ddof=1)
 
 # %% ../../nbs/neighbours/90_margins.ipynb #f67aa0a9
 def _figure(history):
@@ -165,15 +163,15 @@ def run_margins(
     "Train with a fixed simplex, with cross-entropy and with a loss that stops at zero errors, and measure margins."
     base = FixedSimplexDigits()
     conditions = {"cross-entropy": base, "perceptron's loss": replace(base, perceptron=True)}
-    history = histories(conditions, settings, progress)
+    runs = condition_runs(conditions | _draws(), settings, progress)
+    history = recorded({name: runs[name] for name in conditions})
     def grown(measure, split, condition):
         start = tpt_start(history, condition=condition)
         table = curves(history, measure, split, condition=condition)
         return value_at(table, start), final(table)
     margin = lambda c: np.divide(*reversed(grown("normalised_margin", "train", c)))
     gain = lambda c: np.subtract(*reversed(grown("accuracy", "test", c)))
-    spread = _spreads(settings, progress)
-    ratio = lambda kind: np.maximum(spread[kind], 1e-4) / np.maximum(spread["order"], 1e-4)
+    ratio = lambda kind: np.maximum(_spread(runs, kind), 1e-4) / np.maximum(_spread(runs, "order"), 1e-4)
     found = {"nl1": tuple(map(margin, conditions)), "nl2": tuple(map(gain, conditions)),
              "nl3": (ratio("alignment"), ratio("other order"))}
     return Measured(found, history, {"margins": _figure(history)})
