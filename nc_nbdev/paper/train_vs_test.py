@@ -48,7 +48,7 @@ CLAIMS = (
     Statement("3b", "and the distance to the best K points falls slower than train_variance",
               "most that log weak variance can have fallen / fall of log train_variance, late",
               "separable classes, the least",
-              at_most=0.5, primary=True, source=_abstract, reason=_root),
+              at_most=0.5, primary=True, bound="upper", source=_abstract, reason=_root),
     Statement("3c", "because they are new to the network", "weak_test_variance / train_variance at T",
               "train images as test images", at_least=3, interval="log-t", source="ours", reason=_sampling))
 
