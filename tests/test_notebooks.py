@@ -1,5 +1,6 @@
 """Every notebook runs top to bottom in a process of its own; the tutorial in a Jupyter kernel too, as in JupyterLab."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -24,10 +25,12 @@ PROCESSES.set_forkserver_preload(["nbdev.test", "nc_nbdev.reproduce", "nc_nbdev.
 def _run(path, log):
     "Run the cells as `nbdev-test` does; what they print goes to a file."
     signal.alarm(900)
+    os.setsid()
     with open(log, "w") as f:
         for stream in (1, 2): os.dup2(f.fileno(), stream)
     passed, _ = execute(path, skip_flags=["notest"])
-    sys.exit(not passed)
+    sys.stdout.flush()
+    os._exit(not passed)                            # at once: workers of joblib wait five minutes for more to do
 
 
 def test_there_are_notebooks():
@@ -41,6 +44,7 @@ def test_notebook(path, tmp_path):
     process = PROCESSES.Process(target=_run, args=(path, log))
     process.start()
     process.join()
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)    # those workers
     assert process.exitcode == 0, log.read_text()
 
 
