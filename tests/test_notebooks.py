@@ -24,6 +24,7 @@ PROCESSES.set_forkserver_preload(["nbdev.test", "nc_nbdev.reproduce", "nc_nbdev.
 
 def _run(path, log):
     "Run the cells as `nbdev-test` does; what they print goes to a file."
+    multiprocessing.set_start_method("fork", force=True)      # the default here, as in a kernel
     signal.alarm(900)
     os.setsid()
     with open(log, "w") as f:
