@@ -282,7 +282,7 @@ def _newest(folder):
               if not (f.parent / "superseded.txt").exists()}
     return {scale: newest[scale] for scale in SCALES if scale in newest}
 
-
+# %% ../nbs/reproduce.ipynb #8c6784c1
 def format_agreement(
     claims,       # of this machine
     kept,         # of the same scale

@@ -216,7 +216,7 @@ class _Checkpoint(Callback):
     def _keep(self, epoch):
         if epoch in self.keep: self.entry.write_tensors(f"weights-{epoch:04d}.pth", self.model.state_dict())
 
-
+# %% ../../nbs/lab/40_runs.ipynb #a86c7b58
 def _plain(state):
     "A copy with lists and dictionaries of Python only, which are safe to read back; fastai has its own."
     if isinstance(state, torch.Tensor): return state.clone()

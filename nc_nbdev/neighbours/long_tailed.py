@@ -152,7 +152,7 @@ class LongTailed(SystemRecipe):
         penalty = model.regulariser(H, y) if self.method == "regularised" else 0
         return F.cross_entropy(model.head(H), y) + penalty
 
-
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #5331d5ac
 @patch
 def measures(
     self: LongTailed,

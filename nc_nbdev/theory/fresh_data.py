@@ -79,7 +79,7 @@ def _fit(model, X, y, loss, steps, rate, decay=0.01):
         descent.step()
     return model
 
-
+# %% ../../nbs/theory/95_fresh_data.ipynb #103c41f9
 @torch.no_grad()
 def _layers(model, X):
     "Features after each ReLU."

@@ -74,6 +74,7 @@ def __iter__(self: TensorLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield images.float().div_(255).sub_(self.mean).div_(self.std), self.labels[index]
     self.epoch = epoch + 1
 
+# %% ../../nbs/vision/20_loaders.ipynb #db31358d
 @patch
 def set_epoch(
     self: TensorLoader,
