@@ -21,7 +21,8 @@ check: .venv/installed              ## notebooks, package and README in step; th
 	$(BIN)/ruff check --quiet --isolated --select F nc_nbdev
 
 test: check reproduce docs          ## everything
-	NC_DOCS=_docs $(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --maxschedchunk 1 --durations 15 tests/test_notebooks.py
+	NC_DOCS=_docs $(BIN)/pytest -n 2 --dist worksteal --ignore tests/test_notebooks.py
 
 docs: .venv/installed               ## the site, into _docs/
 	$(BIN)/python tools/docs.py

@@ -13,9 +13,12 @@ from nbclient import NotebookClient
 from nbdev.test import test_nb as execute
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
+TIMEOUT = 1800      # seconds: a page that comes first trains what it shows
 HIDDEN = (".", "_")
-NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb")
-                   if not any(part.startswith(HIDDEN) for part in p.relative_to(NBS).parts))
+ASKS_FOR_ALL = "nc_nbdev.reproduce import"       # pages about all studies come after the studies, which they find on disk
+NOTEBOOKS = sorted((p for p in NBS.rglob("*.ipynb")
+                    if not any(part.startswith(HIDDEN) for part in p.relative_to(NBS).parts)),
+                   key=lambda p: (ASKS_FOR_ALL in p.read_text(encoding="utf-8"), p))
 
 # A fork of a process that has imported the package starts in no time; a kernel takes three to five seconds, 80 times.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -25,11 +28,11 @@ PROCESSES.set_forkserver_preload(["nbdev.test", "nc_nbdev.reproduce", "nc_nbdev.
 def _run(path, log):
     "Run the cells as `nbdev-test` does; what they print goes to a file."
     multiprocessing.set_start_method("fork", force=True)      # the default here, as in a kernel
-    signal.alarm(900)
+    signal.alarm(TIMEOUT)
     os.setsid()
     with open(log, "w") as f:
         for stream in (1, 2): os.dup2(f.fileno(), stream)
-    passed, _ = execute(path, skip_flags=["notest"])
+    passed, _ = execute(path, skip_flags=["notest"], cell_timeout=TIMEOUT)
     sys.stdout.flush()
     os._exit(not passed)                            # at once: workers of joblib wait five minutes for more to do
 
@@ -58,5 +61,5 @@ def test_a_notebook_that_fails_is_a_failure(tmp_path):
 @pytest.mark.notebook
 def test_in_a_jupyter_kernel():
     path = NBS / "tutorial.ipynb"
-    NotebookClient(nbformat.read(path, as_version=4), timeout=900, kernel_name="python3",
+    NotebookClient(nbformat.read(path, as_version=4), timeout=TIMEOUT, kernel_name="python3",
                    resources={"metadata": {"path": str(path.parent)}}).execute()
