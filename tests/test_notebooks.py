@@ -15,7 +15,7 @@ from nbdev.test import test_nb as execute
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 TIMEOUT = 1800      # seconds: a page that comes first trains what it shows
 HIDDEN = (".", "_")
-ASKS_FOR_ALL = "nc_nbdev.reproduce import"       # pages about all studies come after the studies, which they find on disk
+ASKS_FOR_ALL = "nc_nbdev.reproduce import"    # pages about all studies come last: they find the studies on disk
 NOTEBOOKS = sorted((p for p in NBS.rglob("*.ipynb")
                     if not any(part.startswith(HIDDEN) for part in p.relative_to(NBS).parts)),
                    key=lambda p: (ASKS_FOR_ALL in p.read_text(encoding="utf-8"), p))
