@@ -291,8 +291,9 @@ def format_agreement(
     table = agreement(claims, kept)
     if not len(table): return "No kept results of this scale to compare with."
     lines = [f"{i:<8} {row.agreement:<13} here {row.here}, kept {row.kept}" for i, row in table.iterrows()]
-    agree = (table.agreement == "agrees").sum()
-    return "\n".join([*lines, "", f"{agree} of {len(table)} numbers agree with the kept ones."])
+    agree, missing = ((table.agreement == word).sum() for word in ("agrees", "not measured"))
+    end = f"; {missing} were not measured" if missing else ""
+    return "\n".join([*lines, "", f"{agree} of {len(table) - missing} numbers agree with the kept ones{end}."])
 
 # %% ../nbs/reproduce.ipynb #b617f9f2
 def code_hash(

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from small_net import Net, Output, Words, all_by_hand, by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from nc_nbdev.lab.taps import (
     FeatureTaps,
@@ -467,6 +468,22 @@ def test_every_equal_block_is_tapped(kind):
     model = Transformer(kind)
     model.get_submodule(f"{prefix}0").extra = nn.Linear(3, 3)
     assert tap_layers(model) == expected
+
+
+@pytest.mark.parametrize("depth", [3, 9])
+def test_stages_of_a_residual_network_stay_whole(depth):
+    "Also where the last one is most of the network and its blocks are all alike."
+    def stage(width): return nn.Sequential(*(BasicBlock(width, width) for _ in range(depth)))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), stage(8), stage(16), stage(32), nn.Linear(32, 10))
+    assert tap_layers(net) == ("0", "1", "2", "4:input")
+
+
+def test_the_block_that_holds_the_depth_is_opened():
+    "A stem or a last convolution with parts of its own beside it makes no difference."
+    stages = nn.Sequential(*(nn.Sequential(BasicBlock(8, 8)) for _ in range(4)))
+    stem, end = (nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)) for _ in range(2))
+    assert tap_layers(nn.Sequential(stem, stages, end, nn.Linear(8, 10))) == (
+        "0", "1.0", "1.1", "1.2", "1.3", "3:input")
 
 
 def test_a_list_is_never_tapped():

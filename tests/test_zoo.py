@@ -26,7 +26,7 @@ def check(model, batch, **options):
     report = measure(model, [batch], **options)
     last = report.measures["train"][report.layers[-1]]
     assert isfinite(last.nc1_trace) and last.nc1_trace > 0
-    assert len(report.layers) > 1 and report.accuracy["train"] is not None
+    assert len(report.layers) > 2 and report.accuracy["train"] is not None
     assert not any("No NC3" in note for note in report.notes)
     return report
 
@@ -73,13 +73,12 @@ FLAT = dict(img_size=32, depth=5, embed_dim=32, num_heads=2)
 TIMM = {name: {} for name in (
     "test_resnet", "test_efficientnet", "test_convnext", "test_nfnet", "test_byobnet", "test_mambaout",
     "mobilenetv3_small_050", "ghostnet_050", "mobilevit_xxs", "edgenext_xx_small", "inception_next_atto",
-    "convnext_atto", "repvit_m0_9")}
+    "convnext_atto", "repvit_m0_9", "fastvit_t8", "resnetv2_50", "pvt_v2_b0")}
 TIMM |= {
     "vit_tiny_patch16_224": FLAT, "beit_base_patch16_224": FLAT, "deit_tiny_distilled_patch16_224": FLAT,
     "cait_xxs24_224": FLAT, "eva02_tiny_patch14_224": dict(img_size=28, depth=5), "levit_128s": dict(img_size=64),
     "xcit_nano_12_p16_224": dict(img_size=64),
     "swin_tiny_patch4_window7_224": dict(img_size=64, window_size=4, embed_dim=24)}
-ASKS = {"fastvit_t8": "layer 'stages' ran 0 times.*: tap a layer after or inside it"}  # a list that is only looped over
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -89,15 +88,6 @@ def test_timm(name):
     report = check(timm.create_model(name, num_classes=3, **TIMM[name]), image_batch(size))
     if name.startswith(("vit", "beit", "deit", "eva02")): assert {f"blocks.{i}" for i in range(4)} <= {*report.layers}
     if name.startswith(("deit", "levit")): assert "head_dist" in report.notes[0]            # two heads: it says so
-
-
-@pytest.mark.parametrize("name", ASKS)
-def test_timm_asks(name):
-    "The layers are asked for, and with them the network is measured."
-    timm = pytest.importorskip("timm")
-    model, batch = timm.create_model(name, num_classes=3), image_batch(64)
-    with pytest.raises(ValueError, match=ASKS[name]): measure(model, [batch])
-    check(model, batch, layers=("stages.0", "stages.1", "stages.2", "head.fc:input"))
 
 
 # -- transformers ------------------------------------------------------------------------------------------------

@@ -151,13 +151,15 @@ def _matrices(parts):
     return [(n, m) for n, m in parts if any(p.ndim > 1 for p in m.parameters())]
 
 def _blocks(parts):
-    "The parts that have parts; inside a single one, or one of many equal blocks, those."
+    "The parts that have parts; inside a single one, or one that holds all the depth, those."
     blocks = [(n, m) for n, m in parts if any(_parts(n, m))]
     if len(blocks) != 1:
-        sizes = [sum(map(torch.Size.numel, _shapes(m))) for _, m in blocks]
-        i = max(range(len(blocks)), key=sizes.__getitem__, default=0)
-        inner = list(_parts(*blocks[i])) if 1 < len(blocks) < 4 and 2 * sizes[i] > sum(sizes) else []
-        return blocks[:i] + inner + blocks[i + 1:] if _alike(inner) else blocks
+        inner = [[(n, m) for n, m in _parts(*block) if any(_parts(n, m))] for block in blocks]
+        deep = [i for i, found in enumerate(inner) if len(found) > 2]
+        stages = len(deep) == 3 and set.intersection(*({type(m) for _, m in found} for found in inner))
+        if len(blocks) > 3 or not deep or stages: return blocks
+        i = max(deep, key=lambda i: sum(map(torch.Size.numel, _shapes(blocks[i][1]))))
+        return blocks[:i] + inner[i] + blocks[i + 1:]
     (name, block), = blocks
     inner = _blocks(list(_parts(name, block)))
     if not inner and isinstance(block, nn.Sequential):
