@@ -155,7 +155,8 @@ class Preset:
 _laptop = ImageRecipe(epochs=160, train_per_class=200, test_per_class=200, batch_size=64, lr=0.03, weight_decay=1e-2)
 _workstation = ImageRecipe(model="resnet18", train_per_class=200, test_per_class=100, batch_size=64, epochs=60, lr=0.05,
                            weight_decay=1e-2, precision="auto")
-_paper = ImageRecipe(epochs=350, lr=0.1, weight_decay=5e-4, schedule="step", warmup=0.0, measure_points=30)
+_paper = ImageRecipe(model="resnet18", epochs=350, lr=0.1, weight_decay=5e-4, schedule="step", warmup=0.0,
+                     measure_points=30, precision="auto")
 _losses = ("cross_entropy", "mse")
 
 PRESETS = {p.name: p for p in (
@@ -164,10 +165,8 @@ PRESETS = {p.name: p for p in (
            "a night on two cores", every=True),
     Preset("workstation", tuple(replace(_workstation, dataset=d) for d in ("cifar10", "mnist")),
            "nights on two cores, or an hour on a GPU", every=True),
-    Preset("paper", (*(replace(_paper, dataset=d, model=m) for m in ("resnet18", "densenet121", "vgg16_bn")
-                       for d in ("cifar10", "mnist", "fashion_mnist", "svhn", "cifar100", "stl10")),
-                     *(replace(_paper, dataset=d, model="resnet18", loss="mse") for d in ("cifar10", "mnist"))),
-           "one to five hours a run on one GPU; start with --studies train_vs_test --datasets cifar10 mnist"),
+    Preset("paper", tuple(replace(_paper, dataset=d, loss=loss) for d in ("cifar10", "mnist") for loss in _losses),
+           "18 or 21 million images a run: half an hour on a GPU that trains 10,000 images a second"),
 )}
 
 # %% ../../nbs/vision/00_recipes.ipynb #81d94ba0
