@@ -108,36 +108,44 @@ def update(
     H, y = _check_batch(H, y, self.num_classes, self.dim, self.device)
     self._keep_scatter()
     self._cache.clear()
-    for x, c in _chunks(H, y, self.num_classes): self._add_chunk(x, c)
+    self._add_batch(H, y)
     return self
 
 # %% ../../nbs/geometry/10_statistics.ipynb #0fe2a31d
 @patch
-def _add_chunk(self: ClassStatistics, x, y):
-    "Merge samples x (B, D), which are overwritten, with labels y (B,)."
+def _add_batch(self: ClassStatistics, H, y):
+    "Merge samples H (B, D) with labels y (B,)."
     classes, member, n_b = y.unique(return_inverse=True, return_counts=True)  # (k,), (B,), (k,)
     n_a = self.counts[classes]  # (k,)
     n = (n_a + n_b).double()[:, None]  # (k, 1)
-    mu_b = x.new_zeros(len(classes), self.dim).index_add_(0, member, x).div_(n_b[:, None])  # (k, D)
+    mu_b, squares = self.means.new_zeros(len(classes), self.dim), self.class_scatter.new_zeros(len(classes))
+    for h, c in _parts(H, member): mu_b.index_add_(0, c, h.double())
+    mu_b /= n_b[:, None]
     delta = mu_b - self.means.index_select(0, classes)  # (k, D)
     self.counts[classes] += n_b
     self.means.index_add_(0, classes, delta * (n_b[:, None] / n))
     p = mu_b.sub_(delta.mul_((n_a[:, None] / n).sqrt()))  # (k, D); n_a = 0 gives mu_b itself
-    _subtract(x, p, member)
-    self.class_scatter.index_add_(0, y, torch.linalg.vector_norm(x, dim=1).square())
-    if self._scatter is None: return
-    if self.class_counts is not None: x *= self._kept_weights()[y].sqrt()[:, None]
-    for part in x.split(max(self.dim // 4, 2**15 // self.dim)): _add_gram(self._scatter, part)
+    scale = None if self.class_counts is None else self._kept_weights()[classes].sqrt()[:, None]  # (k, 1)
+    for x, c in _differences(H, member, p):
+        squares.index_add_(0, c, torch.linalg.vector_norm(x, dim=1).square())
+        if self._scatter is not None: _add_gram(self._scatter, x if scale is None else x.mul_(scale[c]))
+    self.class_scatter.index_add_(0, classes, squares)
 
 # %% ../../nbs/geometry/10_statistics.ipynb #6e82541c
-def _chunks(H: Tensor, y: Tensor, K: int) -> Iterator[tuple[Tensor, Tensor]]:
-    "Pieces of a batch: float64 copies (never views of the caller's tensor) and their labels."
-    rows = max(H.shape[1] // 2, 2 * K, 2**15 // H.shape[1])
-    for h, c in zip(H.split(rows), y.split(rows), strict=True): yield h.to(torch.float64, copy=True), c
+def _parts(H: Tensor, y: Tensor, dtype=torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
+    "Parts of features (views, not copies) and their labels, as long as suits a copy of that dtype."
+    rows = max(2 * H.shape[1], 2**18 // H.shape[1]) // dtype.itemsize
+    return zip(H.split(rows), y.split(rows), strict=True)
 
-def _subtract(x: Tensor, rows: Tensor, index: Tensor, part: int = 64):
-    "x -= rows[index] in place."
-    for a, c in zip(x.split(part), index.split(part), strict=True): a -= rows.index_select(0, c)
+def _differences(H: Tensor, y: Tensor, centres: Tensor, dtype=torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
+    "Parts centres_y - h, (B, D) of that dtype, and their labels. A part is overwritten by the next."
+    near, space = centres.to(dtype), None
+    rest = (centres - near).to(dtype) if dtype != centres.dtype and (centres != near).any() else None
+    for h, c in _parts(H, y, dtype):
+        if space is None: space = near.new_empty(len(h), h.shape[1] // 16 * 16 + 24)
+        x = torch.index_select(near, 0, c, out=space[: len(h), : h.shape[1]]).sub_(h)
+        if rest is not None: x += rest.index_select(0, c)
+        yield x, c
 
 # %% ../../nbs/geometry/10_statistics.ipynb #f3bbce65
 def _check_batch(H, y, K, D, device):
@@ -192,9 +200,8 @@ def _add_gram(S: Tensor, X: Tensor, tile: int = 96):
     "S += X^T X, tiles on and below the diagonal only; S (D, D) float64, X (B, D) of any precision."
     if S.device.type != "cpu": tile = len(S)  # a GPU prefers one large product
     for i in range(0, len(S), tile):
-        panel = X[:, i : i + tile].contiguous()  # (B, tile): without the copy the product is half as fast
-        if X.dtype == S.dtype: S[i : i + tile, : i + tile].addmm_(panel.T, X[:, : i + tile])
-        else: S[i : i + tile, : i + tile] += panel.T @ X[:, : i + tile]
+        if X.dtype == S.dtype: S[i : i + tile, : i + tile].addmm_(X[:, i : i + tile].T, X[:, : i + tile])
+        else: S[i : i + tile, : i + tile] += X[:, i : i + tile].T @ X[:, : i + tile]
 
 def _mirror(S: Tensor, tile: int = 96) -> Tensor:
     "Copy the lower triangle onto the upper, in place."
@@ -227,17 +234,6 @@ def _coarse(H: Tensor) -> bool:
     "Whether features are read in float32: no digit is lost, it saves time, and PyTorch does not round products."
     return H.dtype != torch.float64 and H.shape[1] >= 256 and torch.get_float32_matmul_precision() == "highest"
 
-def _differences(H: Tensor, y: Tensor, centres: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    "Pieces h - centres_y in float32, (B, D), and their labels. A piece is overwritten by the next."
-    near = centres.float()
-    rest, rows = (centres - near).float(), max(512, 2**18 // H.shape[1])
-    space = torch.empty(2, rows, H.shape[1], device=H.device)
-    for h, c in zip(H.split(rows), y.split(rows), strict=True):
-        x, part = space[:, : len(c)]
-        torch.sub(h, torch.index_select(near, 0, c, out=part), out=x)
-        if rest.any(): x -= torch.index_select(rest, 0, c, out=part)
-        yield x, c
-
 # %% ../../nbs/geometry/10_statistics.ipynb #7881229b
 @patch
 def _read_coarse(self: ClassStatistics, H, y) -> bool:
@@ -245,8 +241,8 @@ def _read_coarse(self: ClassStatistics, H, y) -> bool:
     counts, N = y.bincount(minlength=self.num_classes), len(y)
     first = y.new_full((self.num_classes,), N - 1).scatter_reduce_(0, y, torch.arange(N, device=y.device), "amin")
     centres, sums, squares = H[first].double(), torch.zeros_like(self.means), torch.zeros_like(self.class_scatter)
-    for x, c in _differences(H, y, centres):
-        sums.index_add_(0, c, x.double())
+    for x, c in _differences(H, y, centres, torch.float32):
+        sums.index_add_(0, c, x.double(), alpha=-1)
         squares.index_add_(0, c, torch.linalg.vector_norm(x, dim=1).double().square())
     n = counts.clamp(min=1).double()  # (K,)
     delta = sums / n[:, None]  # (K, D)
@@ -280,7 +276,7 @@ def from_features(
     sizes = y.bincount(minlength=K).clamp(min=1) if one_pass and weighting == "class" else None
     self = cls(K, H.shape[1], within if one_pass else "trace", sizes, device)
     if one_pass or not (_coarse(H) and self._read_coarse(H, y)):
-        for x, c in _chunks(H.to(device), y.to(device), K): self._add_chunk(x, c)
+        self._add_batch(H.to(device), y.to(device))
     self.within = within
     if within == "full" and not one_pass: self._features = [_Features(H, y)]
     return self
@@ -292,15 +288,12 @@ class _Features:
     def __init__(self, H, y): self.H, self.y, self.versions = H, y, [_version(H), _version(y)]
 
     def residuals(self, means, weights, coarse=False) -> Iterator[Tensor]:
-        "Pieces sqrt(w_y) (h - mu_y), (B, D) each. Raises ValueError if the features were written to in between."
+        "Parts sqrt(w_y) (mu_y - h), (B, D) each. Raises ValueError if the features were written to in between."
         if self.versions != [_version(self.H), _version(self.y)]:
             raise ValueError("the features were changed in place after from_features read them: pass a clone()")
-        H, y, scale = self.H.to(means.device), self.y.to(means.device), weights.sqrt()[:, None]  # (K, 1)
-        if coarse: scale = scale.float()
-        for x, c in _differences(H, y, means) if coarse else _chunks(H, y, len(means)):
-            if not coarse: _subtract(x, means, c)
-            x *= scale[c]
-            yield x
+        dtype = torch.float32 if coarse else torch.float64
+        scale = weights.sqrt()[:, None].to(dtype)  # (K, 1)
+        for x, c in _differences(self.H.to(means.device), self.y.to(means.device), means, dtype): yield x.mul_(scale[c])
 
 def _version(t): return None if t.is_inference() else t._version  # how often it was written to
 
