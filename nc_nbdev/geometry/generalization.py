@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
@@ -87,9 +87,7 @@ def weak_variance(
     starts = [nearest_centre(H, points) for points in initial]  # as (N,) partitions, found in the space of H
     X = _centred(H)  # (N, min(N, D))
     if len(X) <= num_points: return 0.0  # every sample is its own point
-    costs = [_improve(X, num_points, _fill(X, part.to(X.device), num_points), 1, seed) for part in starts]
-    if restarts: costs.append(_improve(X, num_points, "k-means++", restarts, seed))
-    return min(costs)
+    return _lloyd(X, num_points, [_fill(X, part.to(X.device), num_points) for part in starts], restarts, seed)
 
 # %% ../../nbs/geometry/80_generalization.ipynb #6069bd50
 @cache
@@ -97,10 +95,13 @@ def _libraries() -> ThreadpoolController:
     "What computes with threads, looked for once."
     return ThreadpoolController()
 
-def _improve(X, K, init, starts, seed):
-    "Cost of the best partition Lloyd's algorithm finds from `init`: (K, D) points, or 'k-means++' `starts` times."
-    init = init if isinstance(init, str) else init.cpu().numpy()
-    lloyd = KMeans(K, init=init, n_init=starts, tol=0, random_state=seed)
+def _lloyd(X, K, points, restarts, seed):
+    "Cost of the best partition Lloyd's algorithm finds, from each (K, D) of `points` and k-means++ `restarts` times."
+    given = iter([p.cpu().numpy() for p in points])
+    def start(X, K, random_state):
+        p = next(given, None)
+        return kmeans_plusplus(X, K, random_state=random_state)[0] if p is None else p
+    lloyd = KMeans(K, init=start, n_init=len(points) + restarts, tol=0, random_state=seed)
     # one thread: threads add up in any order, and the same seed is to give the same bits
     with warnings.catch_warnings(), _libraries().limit(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct samples than points: the cost is 0
