@@ -500,6 +500,25 @@ def test_a_list_is_never_tapped():
     assert runs_once(Stages(), torch.randn(2, 4)) == ("stages.0.0", "stages.0.1", "stages.1.0", "head:input")
 
 
+def test_a_chain_that_is_only_looped_over_is_asked_for():
+    "It looks as if it was called, so it is tapped; the error says what to do, and doing it works."
+    class Looped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)))
+            self.rest, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3)
+        def forward(self, x):
+            for stage in self.stages: x = stage(x)
+            return self.head(self.rest(x))
+    model, batches = Looped(), [(torch.randn(6, 4), torch.arange(6) % 3)]
+    assert tap_layers(model)[0] == "stages"
+    with pytest.raises(ValueError, match="layer 'stages' ran 0 times.*: tap a layer after or inside it"):
+        layer_features(model, batches, tap_layers(model))
+    features, _ = layer_features(model, batches, ("stages.0", "stages.1", "head:input"))
+    assert {layer: tuple(H.shape) for layer, H in features.items()} == dict.fromkeys(
+        ("stages.0", "stages.1", "head:input"), (6, 4))
+
+
 def test_small_networks_and_networks_that_say_so():
     chain = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     assert runs_once(chain, torch.randn(2, 3)) == ("0", "2", "5:input")

@@ -87,6 +87,7 @@ def test_timm(name):
     size = TIMM[name].get("img_size", 64)
     report = check(timm.create_model(name, num_classes=3, **TIMM[name]), image_batch(size))
     if name.startswith(("vit", "beit", "deit", "eva02")): assert {f"blocks.{i}" for i in range(4)} <= {*report.layers}
+    if name.startswith(("fastvit", "resnetv2", "pvt")): assert {"stages.0", "stages.1", "stages.2"} <= {*report.layers}
     if name.startswith(("deit", "levit")): assert "head_dist" in report.notes[0]            # two heads: it says so
 
 
