@@ -50,38 +50,46 @@ class ClassStatistics:
         "Where the state lives."
         return self.means.device
 
-    def _cached(self, key, compute):
-        "The result of compute(), remembered until the next update."
-        if key not in self._cache: self._cache[key] = compute()
-        return self._cache[key]
+# %% ../../nbs/geometry/10_statistics.ipynb #9f767c45
+@patch
+def _cached(self: ClassStatistics, key, compute):
+    "The result of compute(), remembered until the next update."
+    if key not in self._cache: self._cache[key] = compute()
+    return self._cache[key]
 
-    def _kept_weights(self) -> Tensor:
-        "(K,) weight of each class in the kept scatter."
-        return torch.ones_like(self.class_scatter) if self.class_counts is None else 1 / self.class_counts.double()
+@patch
+def _kept_weights(self: ClassStatistics) -> Tensor:
+    "(K,) weight of each class in the kept scatter."
+    return torch.ones_like(self.class_scatter) if self.class_counts is None else 1 / self.class_counts.double()
 
-    def _scatter_of_features(self, weights) -> Tensor:
-        "(D, D) sum_i w_{y_i} (h_i - mu_{y_i})(h_i - mu_{y_i})^T over the features in memory."
-        S = self.means.new_zeros(self.dim, self.dim)
-        for features in self._features:
-            for x in features.residuals(self.means, weights): _add_gram(S, x)
-        return _mirror(S)
+@patch
+def _scatter_of_features(self: ClassStatistics, weights) -> Tensor:
+    "(D, D) sum_i w_{y_i} (h_i - mu_{y_i})(h_i - mu_{y_i})^T over the features in memory."
+    S = self.means.new_zeros(self.dim, self.dim)
+    for features in self._features:
+        for x in features.residuals(self.means, weights): _add_gram(S, x)
+    return _mirror(S)
 
-    def _keep_scatter(self):
-        "Let go of features in memory: from here on the scatter is kept, as in a stream."
-        if self._features: self._scatter, self._features = self._scatter_of_features(self._kept_weights()), []
+@patch
+def _keep_scatter(self: ClassStatistics):
+    "Let go of features in memory: from here on the scatter is kept, as in a stream."
+    if self._features: self._scatter, self._features = self._scatter_of_features(self._kept_weights()), []
 
-    def _copy(self) -> "ClassStatistics":
-        "An independent copy of the state; features in memory are referred to, not copied."
-        new = object.__new__(type(self))
-        vars(new).update(deepcopy({k: v for k, v in vars(self).items() if k not in ("_features", "_cache")}))
-        new._features, new._cache = list(self._features), {}
-        return new
+# %% ../../nbs/geometry/10_statistics.ipynb #4164d839
+@patch
+def _copy(self: ClassStatistics) -> ClassStatistics:
+    "An independent copy of the state; features in memory are referred to, not copied."
+    new = object.__new__(type(self))
+    vars(new).update(deepcopy({k: v for k, v in vars(self).items() if k not in ("_features", "_cache")}))
+    new._features, new._cache = list(self._features), {}
+    return new
 
-    def __getstate__(self):
-        "What is copied, pickled and saved: the scatter, and no features."
-        new = self._copy()
-        new._keep_scatter()
-        return {**vars(new), "_cache": {}}
+@patch
+def __getstate__(self: ClassStatistics):
+    "What is copied, pickled and saved: the scatter, and no features."
+    new = self._copy()
+    new._keep_scatter()
+    return {**vars(new), "_cache": {}}
 
 # %% ../../nbs/geometry/10_statistics.ipynb #658cd4d3
 def _check_sizes(num_classes, dim, within):

@@ -482,6 +482,7 @@ def measure(
     report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references)
     return replace(report, notes=(*([note] if note else ()), *report.notes))
 
+# %% ../../nbs/lab/25_report.ipynb #bde5c099
 def _kept(layers, keep):
     "The layers that `keep` means."
     kept = {"last": layers[-1:], "all": layers, "none": ()}.get(keep, (keep,)) if isinstance(keep, str) else keep
