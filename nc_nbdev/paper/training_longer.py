@@ -59,7 +59,7 @@ CLAIMS = (
               source=f"{_hui}, a later version of the abstract of 2202.08384"))
 
 # %% ../../nbs/paper/20_training_longer.ipynb #121b33be
-_PARTITIONS = {"quick": ("pairs",), "laptop": ("pairs", "binary")}     # of the scales; else all three
+_PARTITIONS = {"quick": ("pairs",), "laptop": ("pairs", "binary"), "workstation": ("pairs",)}     # else all three
 
 def coarse_tasks(
     settings,     # its scale
@@ -77,8 +77,9 @@ def coarse_tasks(
 _DECAYS = ("pairs", "pairs, decay / 2", "pairs, decay / 5", "pairs, weak decay")
 
 def _conditions(settings, base):
-    "Condition -> recipe."
-    further = {f"pairs, decay / {n}": replace(base, coarse="pairs", weight_decay=base.weight_decay / n) for n in (2, 5)}
+    "Condition -> recipe. Decays in between only where there are seeds enough for a correlation: not at workstation."
+    further = {f"pairs, decay / {n}": replace(base, coarse="pairs", weight_decay=base.weight_decay / n)
+               for n in (2, 5) if settings.preset != "workstation"}
     return {"fine": base, "fine, weak decay": weak_decay(base)} | coarse_tasks(settings, base) | further
 
 # %% ../../nbs/paper/20_training_longer.ipynb #631ad7de
@@ -165,11 +166,12 @@ def _numbers(history):
     "Values and control values of every claim of which there are runs."
     there, reached = set(history.condition), np.where(tpt_start(history, condition="pairs").isna(), np.nan, 1.0)
     at_end = lambda measure, c, last=LAST: final(curves(history, measure, "test", condition=c), last)
+    found = {id: _fall(history, c, measure) for id, (c, measure) in _MATCHED.items() if c in there}
+    found["5y"] = at_end("reconstructed", "pairs") * reached, at_end("reconstructed_shuffled", "pairs")
+    if not {*_DECAYS} <= there: return found
     nc1 = [final(curves(history, "nc1_trace", "train", condition=c), log=True) for c in _DECAYS]
     over_decays = lambda measure, last: _rank_correlations(nc1, [at_end(measure, c, last) for c in _DECAYS])
-    return {id: _fall(history, c, measure) for id, (c, measure) in _MATCHED.items() if c in there} | {
-        "5y": (at_end("reconstructed", "pairs") * reached, at_end("reconstructed_shuffled", "pairs")),
-        "6a": (over_decays(PROBE, LAST) * reached, over_decays("accuracy", 3))}
+    return found | {"6a": (over_decays(PROBE, LAST) * reached, over_decays("accuracy", 3))}
 
 # %% ../../nbs/paper/20_training_longer.ipynb #5cd1563e
 def _figure(history, pixels):
@@ -183,6 +185,7 @@ def _figure(history, pixels):
     left.axhline(pixels, color="0.6", linewidth=1, label="fine probe of the pixels")
     shade_tpt(left, history, "pairs"); epoch_axis(left, history.epoch.max()); left.set_ylabel("test accuracy")
     for name, color, marker in zip(_DECAYS, ("C1", "C3", "C0", "C2"), "os^D", strict=True):
+        if not (history.condition == name).any(): continue
         nc1 = final(curves(history, "nc1_trace", "train", condition=name), log=True)
         right.plot(nc1, final(curves(history, PROBE, condition=name), LAST), marker, color=color, label=name)
     right.set_xscale("log"); right.invert_xaxis(); right.legend(fontsize=8)
@@ -206,7 +209,7 @@ def run_training_longer(
             for name, job in _jobs(of_variant(runs, v), of_variant(history, v))]
     history = pd.concat([history, asked(jobs, settings, progress)], ignore_index=True)
     measured = by_variant(settings, lambda v: _numbers(of_variant(history, v)))
-    notes = {id: "not trained at this scale" for id in _MATCHED if id not in measured["values"]}
+    notes = {id: "not trained at this scale" for id in (*_MATCHED, "6a") if id not in measured["values"]}
     notes |= {id: "no snapshot in the terminal phase before T" for id, (v, _) in measured["values"].items()
               if np.isnan(v).any()}
     pixels = linear_probe(pixel_task(runs["pairs"][0].data)).accuracy
