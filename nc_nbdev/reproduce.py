@@ -262,9 +262,11 @@ def results_folder(
 
 def kept_results(
     folder: str | Path,   # with a folder a scale, in it one an evaluation
-) -> dict:                # scale -> claims of its newest evaluation that was not withdrawn; {} where there are none
-    "The claims that were kept."
-    return {scale: load_claims(found / "claims.json") for scale, found in _newest(folder).items()}
+) -> dict:                # scale, or "scale, data set" for parts on others -> claims; {} where there are none
+    "The newest of each claim that was kept and not withdrawn."
+    claims = {name: {c.id: c for f in parts for c in load_claims(f / "claims.json")}
+              for name, parts in _evaluations(folder).items()}
+    return {name: list(found.values()) for name, found in claims.items()}
 
 
 def kept_figure(
@@ -272,15 +274,35 @@ def kept_figure(
     name: str,            # of a figure that a study returns
 ) -> Path | None:         # a PNG of the largest scale that has it; None where no scale has
     "The figure that was kept with the results."
-    files = [found / "figures" / f"{name}.png" for found in _newest(folder).values()]
+    files = [f / "figures" / f"{name}.png" for parts in _evaluations(folder).values() for f in parts]
     return next((f for f in reversed(files) if f.exists()), None)
 
+# %% ../nbs/reproduce.ipynb #2e6b1515
+def _registered(folder):
+    "What is registered, oldest first."
+    file = Path(folder) / "registration.json"
+    return json.loads(file.read_text()) if file.exists() else []
 
-def _newest(folder):
-    "scale -> folder of its newest evaluation that was not withdrawn."
-    newest = {f.parent.parent.name: f.parent for f in sorted(Path(folder).glob("*/*/claims.json"))
-              if not (f.parent / "superseded.txt").exists()}
-    return {scale: newest[scale] for scale in SCALES if scale in newest}
+
+def _part(entry):
+    "What is measured of a scale: some data sets, some overrides; empty for all of it."
+    return [*entry["datasets"], *(str(v) for v in entry.get("overrides", {}).values())]
+
+
+def _evaluations(folder):
+    "scale, or that and a part unlike its first -> folders of evaluations not withdrawn, as registered, then by name."
+    known = _registered(folder)
+    def place(f):
+        fits = [i for i, e in enumerate(known) if f.name.endswith((e["code"], "-".join([e["code"], *_part(e)])))]
+        return max(fits, default=-1), f.name
+    found, first = {}, {}
+    for f in sorted((f.parent for f in Path(folder).glob("*/*/claims.json")), key=place):
+        if (f / "superseded.txt").exists(): continue
+        scale, part = f.parent.name, _part(known[place(f)[0]]) if place(f)[0] >= 0 else []
+        same = part == first.setdefault(scale, part)
+        found.setdefault((scale, () if same else tuple(part)), []).append(f)
+    order = sorted(found, key=lambda key: SCALES.index(key[0]))
+    return {", ".join([scale, *part]): found[scale, part] for scale, part in order}
 
 # %% ../nbs/reproduce.ipynb #8c6784c1
 def format_agreement(
@@ -313,15 +335,14 @@ def register(
 ) -> dict:                # the entry
     "Add a design to results/registration.json. Raises `ValueError` where it is there already."
     names, file = study_names(studies or "paper"), results_folder(settings) / "registration.json"
-    known, code = json.loads(file.read_text()) if file.exists() else [], code_hash(names)
-    if any(e["scale"] == settings.preset and e["code"] == code for e in known):
-        raise ValueError(f"{file}: {settings.preset} is registered with this code already")
-    recipes = plan(settings, names)
+    known, code, recipes = _registered(file.parent), code_hash(names), plan(settings, names)
     entry = dict(scale=settings.preset, date=date.today().isoformat(), code=code, studies=names,
                  datasets=list(settings.datasets), overrides=settings.overrides, first_seed=settings.first_seed,
                  seeds=settings.seeds, note=note,
                  runs=sorted(recipes.index),
                  statements=[asdict(s) for name in names for s in load_study(name).statements])
+    if any((e["scale"], e["code"], _part(e)) == (settings.preset, code, _part(entry)) for e in known):
+        raise ValueError(f"{file}: {settings.preset} is registered with this code already")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps([*known, entry], indent=1) + "\n")
     return entry
@@ -335,17 +356,18 @@ def confirm(
     "Run what was registered last for a scale. Raises `ValueError` for no or other code, or when it was done."
     folder = results_folder(get_settings(**changes))
     file = folder / "registration.json"
-    known = [e for e in (json.loads(file.read_text()) if file.exists() else []) if e["scale"] == scale]
+    known = [e for e in _registered(folder) if e["scale"] == scale]
     if not known: raise ValueError(f"{file}: {scale} is not registered")
     entry = known[-1]
     if (code := code_hash(entry["studies"])) != entry["code"]:
         raise ValueError(f"{file}: {scale} was registered with the code {entry['code']}, this is {code}: to repeat it, "
                          "check out the commit that added the entry; to measure anew, register this code first")
-    if done := list((folder / scale).glob(f"*-{code}")):
+    name = "-".join([code, *_part(entry)])
+    if done := list((folder / scale).glob(f"*-{name}")):
         raise ValueError(f"{done[0]}: was confirmed already; kept results are not overwritten")
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
                                "datasets": tuple(entry["datasets"]), "overrides": entry.get("overrides", {})})
-    out = folder / scale / f"{date.today().isoformat()}-{code}"
+    out = folder / scale / f"{date.today().isoformat()}-{name}"
     report = report_folder(settings) / f"confirm-{scale}"        # the history is large, and stays there
     claims = _run(entry["studies"], settings, report, progress)
     out.mkdir(parents=True)

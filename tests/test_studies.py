@@ -192,7 +192,9 @@ def test_registered_then_confirmed(tiny_project):
 
 
 def test_a_confirmed_design_is_kept_once(tiny_project):
-    command.register(command._settings(first_seed=1000, seeds=2), "random_labels")
+    settings = command._settings(first_seed=1000, seeds=2)
+    command.register(replace(settings, datasets=("templates-0.3",)), "random_labels")
+    command.register(settings, "random_labels")
     claims, out = command.confirm("quick", progress=False)
     assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json", "figures"]
     assert len(claims[0].values) == 2
@@ -211,6 +213,22 @@ def test_kept_results_are_the_newest_that_stand(tmp_path):
     (tmp_path / "quick" / "2026-01-03-z" / "superseded.txt").write_text("a mistake\n")
     assert command.kept_results(tmp_path)["quick"][0].values == (2.0, 2.0)
     assert load_claims(tmp_path / "quick" / "2026-01-03-z" / "claims.json")[0].values == (3.0, 3.0)
+
+
+def test_parts_of_a_scale_stand_side_by_side(tmp_path):
+    "Claims of the same data are put together, as registered; other data have a name of their own."
+    made = lambda id, value: Statement(id, "", "", "", at_least=1).claim([value, value], [0, 0])
+    def keep(folder, *claims):
+        (tmp_path / "laptop" / folder).mkdir(parents=True)
+        save_claims(claims, tmp_path / "laptop" / folder / "claims.json")
+    keep("2026-01-01-fff", made("a", 1.0), made("b", 2.0))
+    keep("2026-01-01-eee-cifar10", made("b", 3.0), made("c", 4.0))
+    keep("2026-01-01-eee-mnist", made("a", 5.0))
+    (tmp_path / "registration.json").write_text(json.dumps([
+        dict(scale="laptop", code=code, datasets=[data]) for code, data in
+        (("fff", "cifar10"), ("eee", "cifar10"), ("eee", "mnist"))]))
+    found = {name: {c.id: c.values[0] for c in claims} for name, claims in command.kept_results(tmp_path).items()}
+    assert found == {"laptop": {"a": 1.0, "b": 3.0, "c": 4.0}, "laptop, mnist": {"a": 5.0}}
 
 
 def test_a_result_is_kept_until_its_code_changes(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
     python tools/machines.py results/machines.csv --studies paper --seeds 5
 
 Further arguments go to nc-reproduce. A network trained on another instruction set rounds differently, so its numbers
-differ; a verdict that differs is reported. Each machine has its own folder of runs below `runs/machines`.
+differ. The table says for each whether it agrees with the kept results, and if the verdict is the same, with so few
+seeds. Each machine has its own folder of runs below `runs/machines`.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from nc_nbdev.lab.claims import load_claims
+from nc_nbdev.lab.claims import agreement, load_claims
+from nc_nbdev.reproduce import kept_results
 
 MACHINES = {
     "AVX2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
@@ -38,13 +40,15 @@ def reproduce(name, folder, arguments):
     return load_claims(folder / "report/claims.json")
 
 
-def agreement(claims):
-    "A row a claim: number and verdict on each machine, whether the verdicts agree, and how far the numbers are apart."
+def compare(claims):
+    "A row a claim: number, verdict and agreement with the kept one on each machine, how far numbers are apart."
     columns = {}
     for machine, found in claims.items():
         index = pd.MultiIndex.from_tuples([(c.study, c.id) for c in found], names=["study", "claim"])
         columns[machine] = pd.Series([c.measured[0] for c in found], index)
         columns[f"{machine} verdict"] = pd.Series([c.verdict for c in found], index)
+        kept = agreement(found, kept_results("results").get(found[0].scale, [])).agreement
+        columns[f"{machine} kept"] = pd.Series([kept.get(c.id, "nothing kept") for c in found], index)
     table = pd.DataFrame(columns)
     numbers, verdicts = table[[*claims]], table[[f"{machine} verdict" for machine in claims]]
     size = numbers.abs().max(axis=1)
@@ -59,10 +63,13 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("runs/machines"), help="of the runs and reports")
     options, arguments = parser.parse_known_args()
     claims = {name: reproduce(name, options.folder / name, arguments) for name in machines()}
-    table = agreement(claims)
+    table = compare(claims)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.table)
-    print(f"\n{table.agree.sum()} of {len(table)} claims have the same verdict on {', '.join(claims)}: {options.table}")
+    for machine in claims:
+        words = table[f"{machine} kept"].value_counts().to_dict()
+        print(f"{machine}, compared with the kept results: " + ", ".join(f"{n} {word}" for word, n in words.items()))
+    print(f"{table.agree.sum()} of {len(table)} claims have the same verdict on {', '.join(claims)}: {options.table}")
     if not table.agree.all(): print(table[~table.agree].to_string())
 
 

@@ -204,8 +204,9 @@ def check_statistics(
                      "measure_features, or ClassStatistics.from_features")
 
 # %% ../../nbs/geometry/10_statistics.ipynb #a01537ea
-def _add_gram(S: Tensor, X: Tensor, tile: int = 96):
+def _add_gram(S: Tensor, X: Tensor):
     "S += X^T X, tiles on and below the diagonal only; S (D, D) float64, X (B, D) of any precision."
+    tile = 96 if X.dtype == S.dtype else 128  # the fastest of 64 to 512
     if S.device.type != "cpu": tile = len(S)  # a GPU prefers one large product
     for i in range(0, len(S), tile):
         if X.dtype == S.dtype: S[i : i + tile, : i + tile].addmm_(X[:, i : i + tile].T, X[:, : i + tile])
@@ -480,7 +481,8 @@ def between_trace(
     weighting: str = "class",  # which global mean the class means are seen from
 ) -> float:
     "tr Sigma_B, the mean squared distance of class means to the global mean. Raises ValueError if a class is empty."
-    return self.centred_means(weighting).square().sum().item() / self.num_classes
+    trace = lambda: self.centred_means(weighting).square().sum().item() / self.num_classes
+    return self._cached(("between trace", weighting), trace)
 
 # %% ../../nbs/geometry/10_statistics.ipynb #122670f3
 @patch
@@ -538,7 +540,7 @@ def _coarse_covariance(self: ClassStatistics, weighting) -> Tensor | None:  # (D
         with torch.autocast(S.device.type, enabled=False):
             for features in self._features:
                 for x in features.residuals(self.means, weights, coarse=True):
-                    for part in x.split(256): _add_gram(S, part)  # few terms: float32 sums drift
+                    for part in x.split(512): _add_gram(S, part)  # few terms: float32 sums drift
         return _mirror(S)
     return self._cached(("coarse", weighting), product)
 
