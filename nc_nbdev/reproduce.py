@@ -6,8 +6,8 @@ All studies by name (`STUDIES`), and `reproduce`, also the command `nc-reproduce
 
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'load_study', 'environment', 'report_html', 'tally', 'format_scoreboard', 'reproduce',
-           'report_folder', 'plan', 'format_plan', 'results_folder', 'kept_results', 'kept_figure', 'format_agreement',
-           'code_hash', 'register', 'confirm', 'main']
+           'report_folder', 'plan', 'format_plan', 'results_folder', 'part_name', 'kept_results', 'kept_board',
+           'kept_figure', 'format_agreement', 'code_hash', 'register', 'confirm', 'main']
 
 # %% ../nbs/reproduce.ipynb #9c90b3bc
 import argparse
@@ -27,7 +27,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
-from .lab.claims import agreement, format_number, holm, load_claims, save_claims, scoreboard
+from nc_nbdev.lab.claims import (
+    agreement,
+    compare_scales,
+    format_number,
+    holm,
+    load_claims,
+    save_claims,
+    scoreboard,
+)
 from .lab.runs import damaged_files, plan_table, planned, recipe_id, workers
 from .lab.settings import SCALES, Settings, check_choice, get_settings
 from .lab.studies import code_used, imported_modules
@@ -260,13 +268,30 @@ def results_folder(
     return Path(settings.runs_dir).parent / "results"
 
 
+def part_name(
+    settings: Settings,   # scale, data sets and overrides
+) -> str:                 # for instance "quick", or "laptop, cifar10, cross_entropy"
+    "The name of what settings measure of a scale, among the kept results."
+    return ", ".join([settings.preset, *_part(vars(settings))])
+
+
 def kept_results(
     folder: str | Path,   # with a folder a scale, in it one an evaluation
-) -> dict:                # scale, or "scale, data set" for parts on others -> claims; {} where there are none
+) -> dict:                # as `part_name` says -> claims; {} where there are none
     "The newest of each claim that was kept and not withdrawn."
     claims = {name: {c.id: c for f in parts for c in load_claims(f / "claims.json")}
               for name, parts in _evaluations(folder).items()}
     return {name: list(found.values()) for name, found in claims.items()}
+
+
+def kept_board(
+    study: str,             # its name on the command line
+    settings: Settings,     # whose folder of results is read
+) -> pd.DataFrame:          # a row a claim, a column a part of a scale
+    "The kept verdicts of a study."
+    kept = {part: [c for c in claims if c.study == study]
+            for part, claims in kept_results(results_folder(settings)).items()}
+    return compare_scales({part: claims for part, claims in kept.items() if claims})
 
 
 def kept_figure(
@@ -277,7 +302,7 @@ def kept_figure(
     files = [f / "figures" / f"{name}.png" for parts in _evaluations(folder).values() for f in parts]
     return next((f for f in reversed(files) if f.exists()), None)
 
-# %% ../nbs/reproduce.ipynb #2e6b1515
+# %% ../nbs/reproduce.ipynb #bb318bc9
 def _registered(folder):
     "What is registered, oldest first."
     file = Path(folder) / "registration.json"
@@ -290,19 +315,16 @@ def _part(entry):
 
 
 def _evaluations(folder):
-    "scale, or that and a part unlike its first -> folders of evaluations not withdrawn, as registered, then by name."
-    known = _registered(folder)
+    "Part of a scale -> folders of its evaluations that were not withdrawn, as registered, then by name."
+    known, found = _registered(folder), {}
     def place(f):
         fits = [i for i, e in enumerate(known) if f.name.endswith((e["code"], "-".join([e["code"], *_part(e)])))]
         return max(fits, default=-1), f.name
-    found, first = {}, {}
     for f in sorted((f.parent for f in Path(folder).glob("*/*/claims.json")), key=place):
+        number, scale = place(f)[0], f.parent.name
         if (f / "superseded.txt").exists(): continue
-        scale, part = f.parent.name, _part(known[place(f)[0]]) if place(f)[0] >= 0 else []
-        same = part == first.setdefault(scale, part)
-        found.setdefault((scale, () if same else tuple(part)), []).append(f)
-    order = sorted(found, key=lambda key: SCALES.index(key[0]))
-    return {", ".join([scale, *part]): found[scale, part] for scale, part in order}
+        found.setdefault(", ".join([scale, *(_part(known[number]) if number >= 0 else [])]), []).append(f)
+    return dict(sorted(found.items(), key=lambda item: SCALES.index(item[0].partition(", ")[0])))
 
 # %% ../nbs/reproduce.ipynb #8c6784c1
 def format_agreement(
@@ -423,5 +445,5 @@ def _command(args):
     if args.plan: return
     out.mkdir(parents=True, exist_ok=True)         # where it cannot be written, say so before hours of training
     claims = _run(names, settings, out, True)
-    kept = kept_results(results_folder(settings)).get(settings.preset, [])
+    kept = kept_results(results_folder(settings)).get(part_name(settings), [])
     print(f"\n{format_scoreboard(claims)}\n\n{format_agreement(claims, kept)}\n\nreport: {out / 'report.html'}")

@@ -201,7 +201,7 @@ def test_a_confirmed_design_is_kept_once(tiny_project):
     [shown] = (out / "figures").iterdir()
     assert command.kept_figure(tiny_project / "results", shown.stem) == shown
     assert command.kept_figure(tiny_project / "results", "no_such_figure") is None
-    assert len(command.kept_results(tiny_project / "results")["quick"]) == len(claims)
+    assert len(command.kept_results(tiny_project / "results")[command.part_name(settings)]) == len(claims)
     with pytest.raises(ValueError, match="kept results are not overwritten"): command.confirm("quick", progress=False)
 
 
@@ -228,7 +228,8 @@ def test_parts_of_a_scale_stand_side_by_side(tmp_path):
         dict(scale="laptop", code=code, datasets=[data]) for code, data in
         (("fff", "cifar10"), ("eee", "cifar10"), ("eee", "mnist"))]))
     found = {name: {c.id: c.values[0] for c in claims} for name, claims in command.kept_results(tmp_path).items()}
-    assert found == {"laptop": {"a": 1.0, "b": 3.0, "c": 4.0}, "laptop, mnist": {"a": 5.0}}
+    assert found == {"laptop, cifar10": {"a": 1.0, "b": 3.0, "c": 4.0}, "laptop, mnist": {"a": 5.0}}
+    assert command.part_name(Settings("laptop", datasets=("mnist",))) in found
 
 
 def test_a_result_is_kept_until_its_code_changes(tmp_path, monkeypatch):
