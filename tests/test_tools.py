@@ -79,14 +79,15 @@ def test_machines_agree_or_not(tools):
     claim = Claim("1", "x is small", "here", "x", 1.0, "at most", (0.5, 0.6, 0.7), "y", (5.0, 6.0, 7.0), study="a")
     other = replace(claim, id="2")
     far = replace(other, values=(5.0, 6.0, 7.0))
-    table = tools("machines").agreement({"AVX2": [claim, other], "native": [claim, far]})
+    table = tools("machines").compare({"AVX2": [claim, other], "native": [claim, far]}, kept=[other])
     assert table.agree.tolist() == [True, False]
+    assert table["native kept"].tolist() == ["nothing kept", "differs"] and table["AVX2 kept"]["a", "2"] == "agrees"
     assert table.spread["a", "1"] == 0 and table.spread["a", "2"] == pytest.approx(0.9)
 
 
 def test_a_claim_that_one_machine_lacks_does_not_agree(tools):
     claim = Claim("1", "x is small", "here", "x", 1.0, "at most", (0.5, 0.6, 0.7), "y", (5.0, 6.0, 7.0), study="a")
-    table = tools("machines").agreement({"AVX2": [claim], "native": []})
+    table = tools("machines").compare({"AVX2": [claim], "native": []}, kept=[])
     assert table.agree.tolist() == [False]
 
 

@@ -40,15 +40,15 @@ def reproduce(name, folder, arguments):
     return load_claims(folder / "report/claims.json")
 
 
-def compare(claims):
+def compare(claims, kept):
     "A row a claim: number, verdict and agreement with the kept one on each machine, how far numbers are apart."
     columns = {}
     for machine, found in claims.items():
         index = pd.MultiIndex.from_tuples([(c.study, c.id) for c in found], names=["study", "claim"])
         columns[machine] = pd.Series([c.measured[0] for c in found], index)
         columns[f"{machine} verdict"] = pd.Series([c.verdict for c in found], index)
-        kept = agreement(found, kept_results("results").get(found[0].scale, [])).agreement
-        columns[f"{machine} kept"] = pd.Series([kept.get(c.id, "nothing kept") for c in found], index)
+        words = agreement(found, kept).agreement
+        columns[f"{machine} kept"] = pd.Series([words.get(c.id, "nothing kept") for c in found], index)
     table = pd.DataFrame(columns)
     numbers, verdicts = table[[*claims]], table[[f"{machine} verdict" for machine in claims]]
     size = numbers.abs().max(axis=1)
@@ -63,7 +63,8 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("runs/machines"), help="of the runs and reports")
     options, arguments = parser.parse_known_args()
     claims = {name: reproduce(name, options.folder / name, arguments) for name in machines()}
-    table = compare(claims)
+    kept = kept_results("results").get(next(iter(claims.values()))[0].scale, [])
+    table = compare(claims, kept)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.table)
     for machine in claims:
