@@ -8,6 +8,7 @@ seeds. Each machine has its own folder of runs below `runs/machines`.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from nc_nbdev.lab.claims import agreement, load_claims
-from nc_nbdev.reproduce import kept_results
+from nc_nbdev.reproduce import environment, kept_results
 
 MACHINES = {
     "AVX2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
@@ -67,6 +68,7 @@ def main():
     table = compare(claims, kept)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.table)
+    options.table.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
     for machine in claims:
         words = table[f"{machine} kept"].value_counts().to_dict()
         print(f"{machine}, compared with the kept results: " + ", ".join(f"{n} {word}" for word, n in words.items()))
