@@ -39,6 +39,7 @@ from nc_nbdev.lab.claims import (
 from .lab.runs import damaged_files, plan_table, planned, recipe_id, workers
 from .lab.settings import SCALES, Settings, check_choice, get_settings
 from .lab.studies import code_used, imported_modules
+from .vision.recipes import image_base
 
 # %% ../nbs/reproduce.ipynb #b780b019
 STUDIES = {   # name: module that exports run_<name>; in reading order
@@ -270,9 +271,10 @@ def results_folder(
 
 def part_name(
     settings: Settings,   # scale, data sets and overrides
-) -> str:                 # for instance "quick", or "laptop, cifar10, cross_entropy"
-    "The name of what settings measure of a scale, among the kept results."
-    return ", ".join([settings.preset, *_part(vars(settings))])
+) -> str:                 # for instance "quick, digits"
+    "What claims are of, among the kept results: the scale, its main data set, and the loss where it is another one."
+    main = image_base(settings)
+    return ", ".join([settings.preset, main.dataset] + [main.loss] * (main.loss != "cross_entropy"))
 
 
 def kept_results(
@@ -302,7 +304,7 @@ def kept_figure(
     files = [f / "figures" / f"{name}.png" for parts in _evaluations(folder).values() for f in parts]
     return next((f for f in reversed(files) if f.exists()), None)
 
-# %% ../nbs/reproduce.ipynb #bb318bc9
+# %% ../nbs/reproduce.ipynb #27c130bb
 def _registered(folder):
     "What is registered, oldest first."
     file = Path(folder) / "registration.json"
@@ -315,15 +317,16 @@ def _part(entry):
 
 
 def _evaluations(folder):
-    "Part of a scale -> folders of its evaluations that were not withdrawn, as registered, then by name."
+    "Name of a part -> folders of its evaluations that were not withdrawn, as registered, then by name."
     known, found = _registered(folder), {}
     def place(f):
         fits = [i for i, e in enumerate(known) if f.name.endswith((e["code"], "-".join([e["code"], *_part(e)])))]
         return max(fits, default=-1), f.name
     for f in sorted((f.parent for f in Path(folder).glob("*/*/claims.json")), key=place):
-        number, scale = place(f)[0], f.parent.name
         if (f / "superseded.txt").exists(): continue
-        found.setdefault(", ".join([scale, *(_part(known[number]) if number >= 0 else [])]), []).append(f)
+        e = ({"datasets": ()}, *known)[place(f)[0] + 1]
+        settings = Settings(f.parent.name, datasets=tuple(e["datasets"]), overrides=e.get("overrides", {}))
+        found.setdefault(part_name(settings), []).append(f)
     return dict(sorted(found.items(), key=lambda item: SCALES.index(item[0].partition(", ")[0])))
 
 # %% ../nbs/reproduce.ipynb #8c6784c1

@@ -211,7 +211,7 @@ def test_kept_results_are_the_newest_that_stand(tmp_path):
         (tmp_path / "quick" / day).mkdir(parents=True)
         save_claims([replace(made, values=(value, value))], tmp_path / "quick" / day / "claims.json")
     (tmp_path / "quick" / "2026-01-03-z" / "superseded.txt").write_text("a mistake\n")
-    assert command.kept_results(tmp_path)["quick"][0].values == (2.0, 2.0)
+    assert command.kept_results(tmp_path)["quick, digits"][0].values == (2.0, 2.0)
     assert load_claims(tmp_path / "quick" / "2026-01-03-z" / "claims.json")[0].values == (3.0, 3.0)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from nc_nbdev.lab.claims import agreement, load_claims
-from nc_nbdev.reproduce import environment, kept_results
+from nc_nbdev.lab.settings import get_settings
+from nc_nbdev.reproduce import environment, kept_results, part_name
 
 MACHINES = {
     "AVX2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
@@ -64,7 +65,8 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("runs/machines"), help="of the runs and reports")
     options, arguments = parser.parse_known_args()
     claims = {name: reproduce(name, options.folder / name, arguments) for name in machines()}
-    kept = kept_results("results").get(next(iter(claims.values()))[0].scale, [])
+    scale = next(iter(claims.values()))[0].scale
+    kept = kept_results("results").get(part_name(get_settings(preset=scale)), [])
     table = compare(claims, kept)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.table)
