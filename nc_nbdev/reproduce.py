@@ -285,7 +285,7 @@ def kept_results(
               for name, parts in _evaluations(folder).items()}
     return {name: list(found.values()) for name, found in claims.items()}
 
-
+# %% ../nbs/reproduce.ipynb #18b379fe
 def kept_board(
     study: str,             # its name on the command line
     settings: Settings,     # whose folder of results is read

@@ -1,10 +1,10 @@
 """Do the verdicts depend on the processor? The same command, run as three processors would run it, and a table.
 
-    python tools/machines.py results/machines.csv --studies paper --seeds 5
+    python tools/machines.py results/machines/table.csv --studies paper --seeds 5
 
 Further arguments go to nc-reproduce. A network trained on another instruction set rounds differently, so its numbers
-differ. The table says for each whether it agrees with the kept results, and if the verdict is the same, with so few
-seeds. Each machine has its own folder of runs below `runs/machines`.
+differ. The table has the numbers and verdicts of each, and whether they agree with the kept results. Each machine has
+its own folder of runs below `runs/machines`.
 """
 
 import argparse

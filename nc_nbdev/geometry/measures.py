@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from html import escape
 
+from fastcore.basics import patch
 from torch import Tensor
 
 from .duality import as_bias, nc3_bias, nc3_cosine, nc3_duality, nc3_etf
@@ -52,24 +53,29 @@ class CollapseMeasures:
     ncc_accuracy: float | None = None
     reasons: dict[str, str] = field(default_factory=dict, hash=False)  # measure -> why it is None
 
-    def to_dict(self) -> dict[str, float | None]:
-        "The measures by name, None where one cannot be computed."
-        return {f.name: getattr(self, f.name) for f in fields(self)[3:-1]}
+# %% ../../nbs/geometry/70_measures.ipynb #f75032e7
+@patch
+def to_dict(self: CollapseMeasures) -> dict[str, float | None]:
+    "The measures by name, None where one cannot be computed."
+    return {f.name: getattr(self, f.name) for f in fields(self)[3:-1]}
 
-    def _texts(self) -> dict[str, str]:
-        "Printed value of each measure; the reason in the place of a value that is None."
-        return {name: f"none: {self.reasons.get(name, 'not measured')}" if value is None else f"{value:.4g}"
-                for name, value in self.to_dict().items()}
+@patch
+def _texts(self: CollapseMeasures) -> dict[str, str]:
+    "Printed value of each measure; the reason in the place of a value that is None."
+    return {name: f"none: {self.reasons.get(name, 'not measured')}" if value is None else f"{value:.4g}"
+            for name, value in self.to_dict().items()}
 
-    def __repr__(self) -> str:
-        lines = [f"  {name:18s} {text}" for name, text in self._texts().items()]
-        return "\n".join([f"CollapseMeasures: K = {self.num_classes}, D = {self.dim}, N = {self.num_samples}", *lines])
+@patch
+def __repr__(self: CollapseMeasures) -> str:
+    lines = [f"  {name:18s} {text}" for name, text in self._texts().items()]
+    return "\n".join([f"CollapseMeasures: K = {self.num_classes}, D = {self.dim}, N = {self.num_samples}", *lines])
 
-    def _repr_html_(self) -> str:
-        row = "<tr><td><code>{}</code></td><td>{}</td></tr>".format
-        rows = "".join(row(name, escape(text)) for name, text in self._texts().items())
-        title = f"K = {self.num_classes}, D = {self.dim}, N = {self.num_samples}"
-        return f"<table><thead><tr><th>measure</th><th>{title}</th></tr></thead><tbody>{rows}</tbody></table>"
+@patch
+def _repr_html_(self: CollapseMeasures) -> str:
+    row = "<tr><td><code>{}</code></td><td>{}</td></tr>".format
+    rows = "".join(row(name, escape(text)) for name, text in self._texts().items())
+    title = f"K = {self.num_classes}, D = {self.dim}, N = {self.num_samples}"
+    return f"<table><thead><tr><th>measure</th><th>{title}</th></tr></thead><tbody>{rows}</tbody></table>"
 
 # %% ../../nbs/geometry/70_measures.ipynb #56d818b7
 def measure_collapse(

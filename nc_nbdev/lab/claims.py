@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy import stats as _stats
 
 from .settings import check_choice, check_number
@@ -145,26 +146,27 @@ class Claim:
             seen = f"{len(self.values)} values and {len(self.control_values)} of the control"
             raise ValueError(f"claim {self.id}: {seen}; expected one of each a seed, or paired=False")
 
-    @property
-    def measured(self) -> tuple[float, float, float]:
-        "Centre, lower and upper end over seeds."
-        return seed_interval(self.values, self.interval) if _usable(self.values, self.interval) else (math.nan,) * 3
+# %% ../../nbs/lab/60_claims.ipynb #ed7f44f3
+@patch(as_prop=True)
+def measured(self: Claim) -> tuple[float, float, float]:
+    "Centre, lower and upper end over seeds."
+    return seed_interval(self.values, self.interval) if _usable(self.values, self.interval) else (math.nan,) * 3
 
-    @property
-    def control_measured(self) -> tuple[float, float, float]:
-        "The same for the control."
-        values = self.control_values
-        return seed_interval(values, self.interval) if _usable(values, self.interval) else (math.nan,) * 3
+@patch(as_prop=True)
+def control_measured(self: Claim) -> tuple[float, float, float]:
+    "The same for the control."
+    values = self.control_values
+    return seed_interval(values, self.interval) if _usable(values, self.interval) else (math.nan,) * 3
 
-    @property
-    def contrast(self) -> tuple[float, float, float]:
-        "Treatment minus control, or on a log scale treatment over control: centre and interval."
-        return _contrast(self)
+@patch(as_prop=True)
+def contrast(self: Claim) -> tuple[float, float, float]:
+    "Treatment minus control, or on a log scale treatment over control: centre and interval."
+    return _contrast(self)
 
-    @property
-    def verdict(self) -> str:
-        "\"holds\", \"fails\", \"undecided\", \"control passes\" or \"not measured\"."
-        return _verdict(self)
+@patch(as_prop=True)
+def verdict(self: Claim) -> str:
+    "\"holds\", \"fails\", \"undecided\", \"control passes\" or \"not measured\"."
+    return _verdict(self)
 
 # %% ../../nbs/lab/60_claims.ipynb #9d644b08
 def _usable(values, kind):

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .recorder import CollapseRecorder, missing_rows
@@ -118,26 +119,42 @@ class Run:
     @cached_property
     def _loaders(self): return {}
 
-    def model(self, epoch: int | None = None):
-        "The network after `epoch` epochs, default the last; in eval mode. Raises `ValueError` where none was kept."
-        epoch = self.recipe.epochs if epoch is None else epoch
-        if (name := f"weights-{epoch:04d}.pth") not in self.entry:
-            _check_ended(self)
-            kept = snapshot_epochs(self.recipe)
-            raise ValueError(f"run {self.folder.name}: no weights of epoch {epoch}; kept are {kept}")
-        model = deepcopy(self._network)
-        model.load_state_dict(_weights(self, name))
-        return model.eval()
+# %% ../../nbs/lab/40_runs.ipynb #5839b608
+@patch
+def model(
+    self: Run,
+    epoch: int | None = None,   # default the last
+) -> torch.nn.Module:           # in evaluation mode
+    "The network after some epochs. Raises `ValueError` where none was kept."
+    epoch = self.recipe.epochs if epoch is None else epoch
+    if (name := f"weights-{epoch:04d}.pth") not in self.entry:
+        _check_ended(self)
+        kept = snapshot_epochs(self.recipe)
+        raise ValueError(f"run {self.folder.name}: no weights of epoch {epoch}; kept are {kept}")
+    model = deepcopy(self._network)
+    model.load_state_dict(_weights(self, name))
+    return model.eval()
 
-    def loaders(self, device="cpu") -> dict:
-        "The batches to measure with, by split."
-        if str(device) not in self._loaders: self._loaders[str(device)] = self.recipe.loaders(self.data_dir, device)
-        return self._loaders[str(device)]
+@patch
+def loaders(
+    self: Run,
+    device="cpu",   # of the batches
+) -> dict:          # by split
+    "The batches to measure with."
+    if str(device) not in self._loaders: self._loaders[str(device)] = self.recipe.loaders(self.data_dir, device)
+    return self._loaders[str(device)]
 
-    def features(self, epoch: int | None = None, layers=None, split: str = "train", device="cpu"):
-        "Features of `layers` (default the last) on a split: ({layer: (N, D)}, labels (N,))."
-        model = self.model(epoch).to(device)
-        return layer_features(model, self.loaders(device)[split], layers or tap_layers(model)[-1:])
+@patch
+def features(
+    self: Run,
+    epoch: int | None = None,   # default the last
+    layers=None,                # names, default the last layer
+    split: str = "train",       # a key of `loaders()`
+    device="cpu",               # where the network runs
+) -> tuple:                     # {layer: (N, D)}, labels (N,)
+    "Features of layers on a split."
+    model = self.model(epoch).to(device)
+    return layer_features(model, self.loaders(device)[split], layers or tap_layers(model)[-1:])
 
 # %% ../../nbs/lab/40_runs.ipynb #4544310f
 class TrainingEnded(ValueError):
