@@ -159,8 +159,8 @@ def tally(
         part = [c for c in claims if c.primary == (kind == "primary")]
         if part: parts.append(f"{sum(c.verdict == 'holds' for c in part)} of {len(part)} {kind} claims hold")
     if adjusted := holm([c for c in claims if c.primary]):
-        confirmed = [i for i, p in adjusted.items() if p <= 0.05]
-        parts.append(f"{len(confirmed)} of {len(adjusted)} primary ones pass together (Holm, 0.05)")
+        confirmed = [c.id for c in claims if c.verdict == "holds" and adjusted.get(c.id, 1) <= 0.05]
+        parts.append(f"{len(confirmed)} of {len(adjusted)} primary ones are confirmed together (Holm, 0.05)")
     return "; ".join(parts) + "."
 
 # %% ../nbs/reproduce.ipynb #f9e4d8da
@@ -299,9 +299,11 @@ def kept_board(
 def kept_figure(
     folder: str | Path,   # as for `kept_results`
     name: str,            # of a figure that a study returns
-) -> Path | None:         # a PNG of the largest scale that has it; None where no scale has
+    part: str = "",       # of a scale, as `part_name` says, default the largest scale that has the figure
+) -> Path | None:         # a PNG; None where there is none
     "The figure that was kept with the results."
-    files = [f / "figures" / f"{name}.png" for parts in _evaluations(folder).values() for f in parts]
+    files = [f / "figures" / f"{name}.png" for p, parts in _evaluations(folder).items() for f in parts
+             if part in ("", p)]
     return next((f for f in reversed(files) if f.exists()), None)
 
 # %% ../nbs/reproduce.ipynb #27c130bb

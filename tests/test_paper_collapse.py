@@ -88,6 +88,8 @@ def test_random_labels_hold_where_they_should():
     ("4a", "not measured", lambda: until(labels_world(), 8)),                             # before the terminal phase
     ("4a", "not measured", lambda: labels_world(**{RANDOM: dict(reached=200)})),          # never memorised
     ("4a", "not measured", lambda: labels_world(**{WEAK: dict(reached=200)})),            # no matched control
+    ("4a", "not measured", lambda: renamed(labels_world(), **{TRUE: RANDOM})),            # labels never redrawn
+    ("4a", "not measured", lambda: labels_world(**{RANDOM: dict(test=0.5)})),             # half of them
     ("4a", "undecided", lambda: labels_world()[lambda h: h.seed == 0]),
     ("4a", "undecided", lambda: labels_world(spread=3)),                                  # seeds that disagree
     ("4a", "undecided", lambda: labels_world(**{WEAK: dict(train=0.05)})),                # a control at the bar
@@ -161,12 +163,16 @@ SHUFFLED = (3, 6, 0, 5, 2, 4, 1)
     ("8a", "control passes", lambda: cascade_world(slight=ENDS[FULL])),                   # it comes without decay
     ("8a", "not measured", lambda: until(cascade_world(), 8)),                            # before the terminal phase
     ("8a", "undecided", lambda: cascade_world()[lambda h: h.seed == 0]),
+    ("8a", "fails", lambda: cascade_world(START * 10 ** (1.5 - 2 * DEEPER))),              # earlier layers spread
+    ("8a", "not measured", lambda: cascade_world().assign(value=lambda h: h.value.where(  # no matched control
+        (h.condition == FULL) | (h.measure != "accuracy"), 0.6))),
     ("8a", "fails", lambda: backwards(cascade_world())),
     ("8b", "fails", lambda: cascade_world(START * 0.97)),
     ("8b", "control passes", lambda: cascade_world(slight=ENDS[FULL])),
     ("8b", "not measured", lambda: until(cascade_world(), 12)),                           # no time left to fall
     ("8c", "fails", lambda: cascade_world(levels=0.7)),                                   # test follows train, slower
     ("8c", "fails", lambda: cascade_world(levels=1)),                                     # train measured twice
+    ("8c", "not measured", lambda: cascade_world(START * 1.2)),                           # train features spread
     ("8c", "control passes", lambda: cascade_world(seen=0.3)),                            # train images level off too
     ("8c", "not measured", lambda: until(cascade_world(), 12)),
     ("8d", "fails", lambda: reordered(cascade_world(), SHUFFLED)),

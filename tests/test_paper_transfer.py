@@ -65,6 +65,12 @@ def backwards(history):
     return history.assign(epoch=history.epoch.where(history.split == "train", history.epoch.map(last_first)))
 
 
+def unfitted(history, condition):
+    "A condition whose train images are never all right."
+    rows = (history.condition == condition) & (history.measure == "accuracy") & (history.split == "train")
+    return history.assign(value=history.value.where(~rows, 0.6))
+
+
 def one_seed(history): return history[history.seed == 0]
 
 
@@ -126,6 +132,7 @@ BETTER = {c: [a] * 8 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}   
     ("5a", "not measured", lambda: world(reached=200)),                              # no terminal phase
     ("5a", "not measured", lambda: world(reached=40)),                               # one that starts too late
     ("5a", "not measured", lambda: world(reached=100)),
+    ("5a", "not measured", lambda: unfitted(world(), "pairs, weak decay")),          # no matched control
     ("5a", "undecided", lambda: one_seed(world())),
     ("5a", "undecided", lambda: world(weak=(.8, .94, .96, .97, .96, .95, .92, .92))),   # a control at the bar
     ("5a", "fails", lambda: world(falling=(.8, .99, .9, .86, .86, .86, .86, .86))),  # the fall was over before T0
@@ -143,6 +150,7 @@ BETTER = {c: [a] * 8 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}   
     ("6a", "undecided", lambda: one_seed(world())),
     ("6a", "undecided", lambda: world()[lambda h: h.seed < 3]),
     ("6a", "not measured", lambda: world(reached=200)),
+    ("6a", "not measured", lambda: unfitted(world(), "pairs, decay / 5")),           # a decay that is no dose
 ])
 def test_a_broken_world_changes_the_verdict(claim, verdict, broken):
     assert of(broken())[claim] == verdict
@@ -253,6 +261,7 @@ CHANCE = dict(stem=[.1] * 8, stage1=[.1] * 8, stage2=[.1] * 8)
     ("fails", lambda: backwards(depths())),
     ("not measured", lambda: depths(reached=200)),
     ("not measured", lambda: depths(reached=40)),
+    ("not measured", lambda: unfitted(depths(), "pairs, weak decay")),               # no matched control
     ("undecided", lambda: one_seed(depths())),
     ("undecided", lambda: depths(weak=dict(EARLIER, pool=(.8, .94, .96, .97, .96, .95, .95, .95)))),  # at the bar
 ])

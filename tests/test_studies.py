@@ -43,14 +43,15 @@ def world(train=(0.001, -2), strong=(0.03, -0.3), weak=(0.025, -0.3), decay=(0.1
                         ("test", "weak_lower_variance"): 0.9 * curve(*w, seed),
                         ("seen", "strong_test_variance"): seen * curve(*a, seed),
                         ("seen", "weak_test_variance"): seen * curve(*a, seed + 2),
-                        ("train", "accuracy"): (np.array(EPOCHS) >= 3).astype(float)}
+                        ("train", "accuracy"): (np.array(EPOCHS) >= 3).astype(float),
+                        ("test", "accuracy"): np.full(len(EPOCHS), 0.95)}
             rows += [dict(run="r", condition=name, seed=seed, epoch=e, split=split, layer="pool", measure=m, value=v)
                      for (split, m), many in measured.items() for e, v in zip(EPOCHS, many, strict=True)]
     return pd.DataFrame(rows)
 
 
 def verdicts(history):
-    numbers = _numbers(history, "pair")
+    numbers = _numbers(history, "pair", 10)
     return {s.id: s.claim(*numbers[s.id]).verdict for s in CLAIMS}
 
 
@@ -65,7 +66,22 @@ def swap_seen(history):
     seen = history[history.split == "seen"].assign(split="test")
     below = [seen[seen.measure == "weak_test_variance"].assign(measure=m) for m in
              ("weak_lower_variance", "weak_certified_variance")]
-    return pd.concat([history[history.split != "test"], seen, *below])
+    return pd.concat([history[(history.split != "test") | (history.measure == "accuracy")], seen, *below])
+
+
+def changed(history, condition, split, accuracy):
+    "Another accuracy."
+    rows = (history.condition == condition) & (history.split == split) & (history.measure == "accuracy")
+    return history.assign(value=history.value.where(~rows, accuracy))
+
+
+def late_control(history):
+    "The control is fitted late, after it has fallen as fast as the treatment in the treatment's terminal phase."
+    mine = history.condition == "pair, weak decay"
+    fitted = mine & (history.measure == "accuracy") & (history.split == "train")
+    slow = history.value.where(~fitted, (history.epoch >= 27).astype(float))
+    return history.assign(value=slow.where(~mine | (history.measure != "train_variance"),
+                                           (history.epoch.clip(3, 53) / 3.0) ** -1.0))
 
 
 def test_a_world_in_which_everything_holds():
@@ -90,6 +106,16 @@ BROKEN = {
                           ["1a", "1b", "2a", "2b", "3a", "3b"]),
     "the terminal phase is left again": (lambda: world().assign(
         value=lambda h: h.value.where((h.measure != "accuracy") | (h.epoch < 100), 0.9)), ["1a", "2a", "2b", "3b"]),
+    "train features spread again": (lambda: world(train=(0.05, 0.2)), ["1a", "2b", "3b"]),
+    "train features spread again, test features collapse": (lambda: world(
+        train=(0.05, 0.2), strong=(0.005, -1), weak=(0.005, -1)), ["2a", "2b", "3a", "3b"]),
+    "train images, not collapsed yet, measured as test images": (
+        lambda: swap_seen(world(train=(0.02, -1))), ["2a", "3a"]),
+    "a certified bound that is too large": (lambda: world().assign(value=lambda h: h.value.where(
+        h.measure != "weak_certified_variance", 50 * h.value)), ["3a", "3b"]),
+    "test images at chance": (lambda: changed(world(), "pair", "test", 0.1), ["1a", "1b", "2a", "2b", "2c", "3a"]),
+    "the control is never fitted": (lambda: changed(world(), "pair, weak decay", "train", 0.6), ["1a"]),
+    "the control falls while the treatment does": (lambda: late_control(world()), ["1a"]),
     "one seed": (lambda: world(seeds=1), ["1a", "1b", "2a", "2b", "2c", "3a", "3b", "3c"]),
 }
 
@@ -200,6 +226,8 @@ def test_a_confirmed_design_is_kept_once(tiny_project):
     assert len(claims[0].values) == 2
     [shown] = (out / "figures").iterdir()
     assert command.kept_figure(tiny_project / "results", shown.stem) == shown
+    assert command.kept_figure(tiny_project / "results", shown.stem, command.part_name(settings)) == shown
+    assert command.kept_figure(tiny_project / "results", shown.stem, "paper, cifar10") is None
     assert command.kept_figure(tiny_project / "results", "no_such_figure") is None
     assert len(command.kept_results(tiny_project / "results")[command.part_name(settings)]) == len(claims)
     with pytest.raises(ValueError, match="kept results are not overwritten"): command.confirm("quick", progress=False)

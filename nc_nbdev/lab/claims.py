@@ -215,7 +215,7 @@ def _p_one_sided(x, kind):
     if kind == "bootstrap":
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, x.size))
         return float((1 + ((signs * x).mean(axis=1) >= x.mean()).sum()) / 20_001)
-    return float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue) if x.std() > 0 else float(x.mean() <= 0)
+    return float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue) if x.std() > 0 else 1.0
 
 
 def p_value(
@@ -307,7 +307,11 @@ def compare_scales(
 ) -> pd.DataFrame:     # one row a claim, one column a scale; "not run" where a scale lacks the claim
     "Scoreboards of several scales side by side."
     claims = {scale: {c.id: c for c in found} for scale, found in by_scale.items()}
-    text = lambda c: "not run" if c is None else f"{c.verdict}: {_with_interval(c.measured)}"
+    bounds = {c.id: c.bound for found in claims.values() for c in found.values() if c.bound}
+    def text(c):
+        if c is None: return "not run"
+        now = replace(c, bound=bounds.get(c.id, "")).verdict    # a kept claim may be older than this rule
+        return f"{c.verdict}{f' (now: {now})' if now != c.verdict else ''}: {_with_interval(c.measured)}"
     every = {i: c for found in reversed(claims.values()) for i, c in found.items()}
     rows = [dict(id=i, statement=every[i].statement, bar=f"{every[i].direction} {format_number(every[i].bar)}",
                  **{scale: text(found.get(i)) for scale, found in claims.items()})

@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 
 from ..geometry.etf import as_whole
+from .figures import epoch_axis
 from .history import COLUMNS
 from .report import measure
 from .settings import log_epochs
@@ -152,10 +153,11 @@ def plot(
     rows = self.history.query("measure == @name and split in ('train', 'test')")
     if rows.empty: raise ValueError(f"no {name!r} in the history; there are {sorted(self.history.measure.unique())}")
     ax, layers = ax or plt.gca(), list(rows.layer.unique())
+    colours = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers))), strict=True))
     for (layer, split), curve in rows.groupby(["layer", "split"], sort=False):
-        ax.plot(curve.epoch, curve.value, "-" if split == "train" else "--", color=f"C{layers.index(layer) % 6}",
-                label=f"{layer}, {split}")
-    ax.set_xscale("symlog", linthresh=1)
-    ax.set(yscale="log", xlabel="epoch", ylabel=name)
-    ax.legend(fontsize=8, ncols=2)
+        ax.plot(curve.epoch, curve.value, "-" if split == "train" else "--", color=colours[layer],
+                label=layer if split == "train" else None)
+    epoch_axis(ax, rows.epoch.max() or 1)
+    ax.set(yscale="log", ylabel=name)
+    ax.legend(title="layer (dashed: test)", fontsize=8)
     return ax

@@ -200,7 +200,14 @@ def condition_runs(
 def recorded(
     runs: Mapping,     # condition -> runs
 ) -> pd.DataFrame:     # tidy
-    "What was measured in training, in one table."
+    "What was measured in training, in one table. Raises `ValueError` for seeds that are copies of each other."
+    for condition, group in runs.items():
+        first = {}
+        for r in group:
+            other = first.setdefault(r.history.value.to_numpy().tobytes(), r.recipe.seed)
+            if other != r.recipe.seed:
+                raise ValueError(f"{condition}: seeds {other} and {r.recipe.seed} measured exactly the same numbers; "
+                                 "does the recipe use its seed?")
     return pd.concat([r.history.assign(condition=c) for c, group in runs.items() for r in group], ignore_index=True)
 
 

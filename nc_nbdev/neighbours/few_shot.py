@@ -106,7 +106,7 @@ def _letter_rows(model, batches):
 _MEDEPALLI = "Medepalli, Doraiswamy 2023, abstract of 2310.00451"
 CLAIMS = (
     Statement("nj1", "Features trained by episodes have a trend towards collapse", "NC1 untrained / trained",
-              "shuffled labels", at_least=5.0, interval="log-t", source=_MEDEPALLI, reason="a fifth of the spread"),
+              "shuffled labels", at_least=5.0, interval="log-t", source=_MEDEPALLI, reason="a fifth of the variance"),
     Statement("nj2", "The trend is stronger in a larger network", "NC1 of width 2 / of width 16", "unseen letters",
               at_least=1.5, interval="log-t", source=_MEDEPALLI, reason="half as much again"),
     Statement("nj3", "The collapse is not complete: a classifier of the same size collapses more",
@@ -114,7 +114,7 @@ CLAIMS = (
               source=f"ours, after {_MEDEPALLI}", reason="a third more"),
     Statement("nj4", "Letters that were never shown collapse less", "NC1 of unseen letters / of trained letters",
               "fresh images of trained letters", at_least=2.0, interval="log-t", source="ours",
-              reason="twice the spread"))
+              reason="twice the variance"))
 
 # %% ../../nbs/neighbours/85_few_shot.ipynb #942b8eba
 def _conditions():

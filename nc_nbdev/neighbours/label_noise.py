@@ -98,7 +98,7 @@ CLAIMS = (
     Statement("ni2", "Wrong samples go to the class of their label", "memorisation at the end",
               "after the first 50 steps", at_least=0.5, source=_NGUYEN, reason="half of the way"),
     Statement("ni3", "Label noise dilates clean test features", "test NC1 with noise / with correct labels",
-              "wrong samples removed", at_least=2.0, interval="log-t", source=_NGUYEN, reason="twice the spread"),
+              "wrong samples removed", at_least=2.0, interval="log-t", source=_NGUYEN, reason="twice the variance"),
     Statement("ni4", "Label smoothing dilates less", "test NC1 of cross-entropy / of label smoothing 0.1",
               "the same with correct labels", at_least=1.1, interval="log-t", source=_NGUYEN, reason="a tenth"),
     Statement("ni5", "and has the better test accuracy under noise", "accuracy, smoothing minus cross-entropy",

@@ -62,11 +62,15 @@ def _numbers(history):
     "Values and control values of every claim."
     names, full, weak = _layers(history), "full decay", "weak decay"
     start = tpt_start(history, condition=full)           # the window of both conditions
-    reached = np.where(start.isna(), np.nan, 1.0)        # no terminal phase: nothing is claimed
+    fitted = start.notna() & tpt_start(history, condition=weak).notna()
+    reached = np.where(fitted, 1.0, np.nan)              # no terminal phase, or no control: nothing is claimed
     earlier = lambda f, split, c, **more: np.mean(
         [f(history, "nc1_trace", split, n, c, start=start, **more) for n in names[:-1]], axis=0)
     depth = np.linspace(0, 1, len(names))[:-1]
-    trend = lambda c: np.polyfit(depth, (_log_nc1(history, c) - _log_nc1(history, c, epoch=0))[:-1], 1)[0]
+    changes = lambda c: (_log_nc1(history, c) - _log_nc1(history, c, epoch=0))[:-1]
+    falls = lambda c: changes(c).mean(axis=0) < 0        # a trend of layers that do not fall is none
+    trend = lambda c: np.where(falls(c), np.polyfit(depth, changes(c), 1)[0], 0.0)
+    negative = lambda x: np.where(x < 0, x, np.nan)      # what did not fall has no rate of falling
     slopes = {s: earlier(late_slope, s, full) for s in ("train", "test", "rest", "seen")}
     line = _log_nc1(history, full, "nc1_pinv")           # (layers, seeds)
     straight = np.quantile(_off_line(_random_decrements(len(names))), 0.05)
@@ -74,7 +78,7 @@ def _numbers(history):
     shuffled = np.exp(np.mean([np.log(_off_line(line[o])) for o in orders], axis=0))
     found = {"8a": (trend(full), trend(weak)),
              "8b": tuple(earlier(fall, "train", c, log=True) for c in (full, weak)),
-             "8c": (slopes["test"] / slopes["train"], slopes["seen"] / slopes["rest"]),
+             "8c": (slopes["test"] / negative(slopes["train"]), slopes["seen"] / negative(slopes["rest"])),
              "8d": (_off_line(line) / straight, shuffled / straight)}
     return {k: (values * reached, control) for k, (values, control) in found.items()}
 

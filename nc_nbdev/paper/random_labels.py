@@ -44,10 +44,12 @@ def _numbers(history, num_classes):
     end = lambda m, split, c, log=True: final(curves(history, m, split, condition=c), log=log)
     unreached = [tpt_start(history, condition=c).isna() for c in (random, weak)]
     reached = np.where(np.any(unreached, axis=0), np.nan, 1.0)      # not memorised: nothing is claimed
+    guesses, taught = (num_classes * end("accuracy", "test", c, log=False) for c in (random, true))
+    random_at_all = 1.0 if guesses.mean() <= 1.5 else np.nan        # else the labels were not random
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
-    found = {"4a": (train[random], train[weak]),
-             "4b": tuple(num_classes * end("accuracy", "test", c, log=False) for c in (random, true)),
+    found = {"4a": (random_at_all * train[random], train[weak]),
+             "4b": (guesses, taught),
              "4c": (train[weak] / train[random], strong[weak] / strong[random])}
     return {k: (values * reached, control) for k, (values, control) in found.items()}
 
