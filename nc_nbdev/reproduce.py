@@ -7,13 +7,14 @@ All studies by name (`STUDIES`), and `reproduce`, also the command `nc-reproduce
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'load_study', 'environment', 'report_html', 'tally', 'format_scoreboard', 'reproduce',
            'report_folder', 'plan', 'format_plan', 'results_folder', 'part_name', 'kept_results', 'kept_board',
-           'kept_figure', 'format_agreement', 'code_hash', 'register', 'confirm', 'main']
+           'kept_figure', 'kept_figures', 'format_agreement', 'code_hash', 'register', 'confirm', 'main']
 
 # %% ../nbs/reproduce.ipynb #9c90b3bc
 import argparse
 import base64
 import hashlib
 import html
+import io
 import json
 import os
 import platform
@@ -305,6 +306,26 @@ def kept_figure(
     files = [f / "figures" / f"{name}.png" for p, parts in _evaluations(folder).items() for f in parts
              if part in ("", p)]
     return next((f for f in reversed(files) if f.exists()), None)
+
+
+def kept_figures(
+    name: str,              # of a figure that a study returns
+    settings: Settings,     # whose folder of results is read
+) -> bytes | None:          # a PNG; None where there is none
+    "The figures that were kept, one below the other, each under the name of its part of a scale."
+    from PIL import Image, ImageDraw, ImageFont
+    folder, line = results_folder(settings), 45         # height of a name, in pixels
+    files = {part: kept_figure(folder, name, part) for part in kept_results(folder)}
+    images = {part: Image.open(file).convert("RGBA") for part, file in files.items() if file}
+    if not images: return None
+    size = max(i.width for i in images.values()), sum(i.height + line for i in images.values())
+    page, top, file = Image.new("RGB", size, "white"), 0, io.BytesIO()
+    for part, image in images.items():
+        ImageDraw.Draw(page).text((8, top + 15), part, fill="black", font=ImageFont.load_default(20))
+        page.paste(image, (0, top + line), image)
+        top += image.height + line
+    page.quantize(256).save(file, "PNG", optimize=True)     # a smaller file
+    return file.getvalue()
 
 # %% ../nbs/reproduce.ipynb #27c130bb
 def _registered(folder):

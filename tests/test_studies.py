@@ -229,6 +229,8 @@ def test_a_confirmed_design_is_kept_once(tiny_project):
     assert command.kept_figure(tiny_project / "results", shown.stem, command.part_name(settings)) == shown
     assert command.kept_figure(tiny_project / "results", shown.stem, "paper, cifar10") is None
     assert command.kept_figure(tiny_project / "results", "no_such_figure") is None
+    assert command.kept_figures(shown.stem, settings).startswith(b"\x89PNG")
+    assert command.kept_figures("no_such_figure", settings) is None
     assert len(command.kept_results(tiny_project / "results")[command.part_name(settings)]) == len(claims)
     with pytest.raises(ValueError, match="kept results are not overwritten"): command.confirm("quick", progress=False)
 
