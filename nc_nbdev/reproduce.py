@@ -319,10 +319,10 @@ def kept_figures(
     images = {part: Image.open(file).convert("RGBA") for part, file in files.items() if file}
     if not images: return None
     size = max(i.width for i in images.values()), sum(i.height + line for i in images.values())
-    page, top, file = Image.new("RGB", size, "white"), 0, io.BytesIO()
+    page, top, file = Image.new("RGBA", size), 0, io.BytesIO()      # transparent, for light and dark pages
     for part, image in images.items():
-        ImageDraw.Draw(page).text((8, top + 15), part, fill="black", font=ImageFont.load_default(20))
-        page.paste(image, (0, top + line), image)
+        ImageDraw.Draw(page).text((8, top + 15), part, fill="#777", font=ImageFont.load_default(20))
+        page.alpha_composite(image, (0, top + line))
         top += image.height + line
     page.quantize(256).save(file, "PNG", optimize=True)     # a smaller file
     return file.getvalue()
