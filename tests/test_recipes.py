@@ -8,6 +8,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 
 from nc_nbdev.lab.report import measure
+from nc_nbdev.lab.runs import one_thread
 from nc_nbdev.lab.settings import SCALES, Settings
 from nc_nbdev.vision.models import model_names
 from nc_nbdev.vision.recipes import PRESETS, ImageRecipe, image_base, image_grid
@@ -79,7 +80,7 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(change):
     torch.rand(7)
     resumed.create_opt()
     for part in ("model", "opt"): getattr(resumed, part).load_state_dict(getattr(stopped, part).state_dict())
-    resumed.fit(recipe.epochs, start_epoch=2)
+    with one_thread(): resumed.fit(recipe.epochs, start_epoch=2)        # as `train` does
     for a, b, c in zip(*(learn.model.state_dict().values() for learn in (whole, again, resumed)), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c) and a.dtype in (torch.float32, torch.int64)
 
