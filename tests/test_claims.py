@@ -82,6 +82,7 @@ def test_holm_is_holm():
 def test_p_values_of_nothing():
     assert p_value(UP.claim([NAN, 1], [0, 0])) == 1 and p_value(UP.claim([2], [0])) == 1
     assert p_value(UP.claim([0.5, 0.6, 0.4], [0, 0, 0])) > 0.9
+    assert p_value(UP.claim([3, 3, 3], [0, 0, 0])) == 1                  # seeds without spread are no evidence
     with pytest.raises(ValueError, match="a range has no p-value"):
         p_value(replace(UP, interval="range").claim([2, 3], [0, 1]))
 

@@ -14,7 +14,7 @@ from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import curves, fall, final, late_slope, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import all_conditions, by_variant, of_variant, weak_decay
+from .train_vs_test import all_conditions, by_variant, falling, of_variant, weak_decay
 
 # %% ../../nbs/paper/40_cascade.ipynb #495ad6f0
 _abstract = "Hui, Belkin, Nakkiran 2022, abstract of 2202.08384 v1"
@@ -70,7 +70,6 @@ def _numbers(history):
     changes = lambda c: (_log_nc1(history, c) - _log_nc1(history, c, epoch=0))[:-1]
     falls = lambda c: changes(c).mean(axis=0) < 0        # a trend of layers that do not fall is none
     trend = lambda c: np.where(falls(c), np.polyfit(depth, changes(c), 1)[0], 0.0)
-    negative = lambda x: np.where(x < 0, x, np.nan)      # what did not fall has no rate of falling
     slopes = {s: earlier(late_slope, s, full) for s in ("train", "test", "rest", "seen")}
     line = _log_nc1(history, full, "nc1_pinv")           # (layers, seeds)
     straight = np.quantile(_off_line(_random_decrements(len(names))), 0.05)
@@ -78,7 +77,7 @@ def _numbers(history):
     shuffled = np.exp(np.mean([np.log(_off_line(line[o])) for o in orders], axis=0))
     found = {"8a": (trend(full), trend(weak)),
              "8b": tuple(earlier(fall, "train", c, log=True) for c in (full, weak)),
-             "8c": (slopes["test"] / negative(slopes["train"]), slopes["seen"] / negative(slopes["rest"])),
+             "8c": (slopes["test"] / falling(slopes["train"]), slopes["seen"] / falling(slopes["rest"])),
              "8d": (_off_line(line) / straight, shuffled / straight)}
     return {k: (values * reached, control) for k, (values, control) in found.items()}
 

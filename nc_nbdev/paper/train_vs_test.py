@@ -6,7 +6,7 @@ Study 1: train collapse happens, weak and strong test collapse do not (Hui, Belk
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SEPARABLE', 'LAST', 'recipe_name', 'recipe_variant', 'variants', 'in_variant', 'all_conditions',
-           'of_variant', 'by_variant', 'weak_decay', 'asked', 'run_train_vs_test']
+           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'run_train_vs_test']
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #dd9d4a27
 from dataclasses import replace
@@ -162,12 +162,14 @@ def _late_fall(history, condition, first, last):
     table = lambda m, split: curves(history, m, split, condition=condition)
     train, start = table("train_variance", "train"), tpt_start(history, condition=condition)
     half = np.sqrt(start * train.index[-1])
-    down = lambda first, last: np.log(value_at(first, half) / final(last, LAST, log=True))
-    return down(table(first, "test"), table(last, "test")) / -_negative(-down(train, train))
+    rise = lambda first, last: np.log(final(last, LAST, log=True) / value_at(first, half))
+    return rise(table(first, "test"), table(last, "test")) / falling(rise(train, train))
 
-def _negative(x):
-    "Where a number is negative, else NaN: what did not fall has no rate of falling."
-    return np.where(x < 0, x, np.nan)
+def falling(
+    changes,          # slopes or differences
+) -> np.ndarray:      # the same; NaN where one is not negative
+    "What fell: what did not has no rate of falling that another could be compared with."
+    return np.where(changes < 0, changes, np.nan)
 
 def _possible(history, condition):
     "1 where no certified bound is above what K-means found, else NaN: such a bound is wrong."
@@ -181,7 +183,7 @@ def _numbers(history, name, num_classes):
     end = lambda m, split, c=name: final(curves(history, m, split, condition=c), log=True)
     starts = {c: tpt_start(history, condition=c) for c in (name, decay, apart)}
     slope = lambda m, split, c=name, window=None: late_slope(history, m, split, condition=c, start=starts[window or c])
-    ratio = lambda m, c: slope(m, "test", c) / _negative(slope("train_variance", "train", c))
+    ratio = lambda m, c: slope(m, "test", c) / falling(slope("train_variance", "train", c))
     grown = lambda m: (end(m, "test") / end("train_variance", "train"), end(m, "seen") / end("train_variance", "rest"))
     learned = final(curves(history, "accuracy", "test", condition=name)) * num_classes >= 2
     reached = np.where(starts[name].notna() & learned, 1.0, np.nan)              # else nothing is claimed
