@@ -142,8 +142,8 @@ def _add_batch(self: ClassStatistics, H, y):
 # %% ../../nbs/geometry/10_statistics.ipynb #6e82541c
 def _parts(H: Tensor, y: Tensor, dtype=torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
     "Parts of features (views, not copies) and their labels, as long as suits a copy of that dtype."
-    threads = min(torch.get_num_threads(), 4)  # each has work; more rows would cost memory
-    rows = max(2 * H.shape[1], 2**18 // H.shape[1]) // dtype.itemsize * threads
+    rows = max(2 * H.shape[1], 2**18 // H.shape[1]) // dtype.itemsize
+    if dtype == torch.float32: rows *= min(torch.get_num_threads(), 4)  # of features in memory, where a part is little
     return zip(H.split(rows), y.split(rows), strict=True)
 
 def _differences(H: Tensor, y: Tensor, centres: Tensor, dtype=torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
