@@ -310,7 +310,9 @@ def compare_scales(
     bounds = {c.id: c.bound for found in claims.values() for c in found.values() if c.bound}
     def text(c):
         if c is None: return "not run"
-        if c.verdict == "not measured": return c.note or c.verdict
+        lost = sum(map(math.isnan, c.values))
+        some = f" ({lost} of {len(c.values)} seeds)" * (0 < lost < len(c.values))
+        if c.verdict == "not measured": return f"{c.note or c.verdict}{some}"
         now = replace(c, bound=bounds.get(c.id, "")).verdict    # a kept claim may be older than this rule
         return f"{c.verdict}{f' (now: {now})' if now != c.verdict else ''}: {_with_interval(c.measured)}"
     every = {i: c for found in reversed(claims.values()) for i, c in found.items()}
