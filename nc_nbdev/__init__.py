@@ -28,7 +28,7 @@ Modules:
 - `nc_nbdev.lab.studies`: A study declares its claims first. One decorator does what all studies need: it reads the settings, computes the verdicts, and keeps the result until the code that the study uses changes.
 - `nc_nbdev.lab.taps`: Take the features of any layer of any network while it runs, as vectors.
 - `nc_nbdev.neighbours.apparatus`: A recipe of ten lines for anything that has tensors, a network and a loss: trained, measured and kept as image runs are.
-- `nc_nbdev.neighbours.convergence`: Where training with weight decay has come to rest, the weights of every layer can be computed from its inputs and gradients. For the last layer of a collapsed network this is NC3.
+- `nc_nbdev.neighbours.convergence`: Where training with weight decay has come to rest, the weights of every layer can be computed from its inputs and gradients. For the last layer of a network that is collapsed to a simplex this is NC3.
 - `nc_nbdev.neighbours.feature_collapse`: Words that play the same role in a task get the same vector. When does this happen, and does the network then understand new sentences?
 - `nc_nbdev.neighbours.feature_complexity`: Collapse makes samples of a class alike. Do the units of a layer become alike too, so that a wide layer holds few different features?
 - `nc_nbdev.neighbours.few_shot`: A network that learns from small tasks, each with other classes, never has a fixed classifier. Do its features collapse?

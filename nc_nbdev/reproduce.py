@@ -40,7 +40,8 @@ from nc_nbdev.lab.claims import (
 from .lab.runs import damaged_files, plan_table, planned, recipe_id, workers
 from .lab.settings import SCALES, Settings, check_choice, get_settings
 from .lab.studies import code_used, imported_modules
-from .vision.recipes import image_base
+from .vision.recipes import image_base, image_grid
+
 
 # %% ../nbs/reproduce.ipynb #b780b019
 STUDIES = {   # name: module that exports run_<name>; in reading order
@@ -187,6 +188,7 @@ def reproduce(
 ) -> list:                        # of `Claim`
     "Run studies and write the report; what is finished is read. Raises `ValueError` for unknown names."
     settings = _settings(preset=preset, seeds=seeds, datasets=datasets)
+    image_grid(settings)     # unknown keys and data sets, also where the studies asked for would not look at them
     return _run(study_names(studies), settings, report_folder(settings, out), progress)
 
 
@@ -239,7 +241,8 @@ def plan(
     settings: Settings,   # scale, seeds, folders
     names: list[str],     # of `STUDIES`
 ) -> pd.DataFrame:        # indexed by run: state, studies, seconds on one core
-    "What the studies would train, what is on disk, and how long it should take. Runs nothing."
+    "What would be trained, what is on disk, how long it takes. Runs nothing. Raises `ValueError` for unknown names."
+    image_grid(settings)     # unknown keys and data sets, also where the studies asked for would not look at them
     asked = {}
     for name in (name for name in names if _asks_for_runs(f"nc_nbdev.{STUDIES[name]}")):
         for r in planned(lambda name=name: load_study(name).measure(settings, False)):
@@ -441,18 +444,39 @@ def main(
     parser.add_argument("--scheduler", metavar="TCP", help="address of a dask scheduler, whose workers do the runs")
     parser.add_argument("--plan", action="store_true", help="print what would be run and how long it takes")
     parser.add_argument("--verify", action="store_true", help="print damaged files of runs and studies")
-    parser.add_argument("--confirm", choices=SCALES, help="run what is registered for a scale, into results/")
+    parser.add_argument("--confirm", choices=SCALES, help="run what is registered for a scale, into results/; "
+                        "goes with --runs, --jobs and --scheduler only")
     args = parser.parse_args(argv)
     try:
+        _check_options(args)
         with workers(args.jobs, args.scheduler): _command(args)
     except (ValueError, OSError, RuntimeError) as error: parser.exit(2, f"nc-reproduce: {error}\n")
 
 # %% ../nbs/reproduce.ipynb #59b2fd48
+_UNUSED = {   # option: those that it does not use; whoever gives one expects it to count
+    "confirm": ("preset", "seeds", "studies", "datasets", "out", "plan", "verify"),
+    "verify": ("preset", "seeds", "studies", "datasets", "out", "plan", "jobs", "scheduler"),
+    "plan": ("out", "jobs", "scheduler"),
+}
+
+def _check_options(args):
+    "Raise `ValueError` for options that would be ignored."
+    for option, unused in _UNUSED.items():
+        given = [f"--{name}" for name in unused if (said := getattr(args, name)) is not None and said is not False]
+        if getattr(args, option) and given:
+            raise ValueError(f"--{option} with {', '.join(given)}: expected no option that --{option} does not use; "
+                             f"leave out --{option}, or {', '.join(given)}")
+
+
 def _verify(settings):
     "Print the damaged files of runs and studies. Raises `SystemExit` with status 1 where there are any."
-    wrong = damaged_files(settings.runs_dir)
+    runs = Path(settings.runs_dir)
+    if not runs.is_dir(): raise FileNotFoundError(f"{runs}: no such folder; expected one of runs, name it with --runs")
+    wrong = damaged_files(runs)
     for row in wrong.itertuples(): print(f"{row.folder}: {row.problem}")
-    print(f"{settings.runs_dir}: {len(wrong) or 'no'} damaged files")
+    read = {f for found in runs.rglob("manifest.json") for f in found.parent.iterdir()
+            if f.name[0] != "." and ".damaged-" not in f.name}
+    print(f"{runs}: {len(read)} files read, {len(wrong) or 'no'} damaged files")
     if len(wrong): raise SystemExit(1)
 
 

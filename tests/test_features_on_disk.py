@@ -128,6 +128,7 @@ def test_nothing_in_a_file_is_run(tmp_path, capsys):
     np.savez(tmp_path / "object.npz", features=np.array([Evil(ran)], dtype=object), labels=y[:1])
     (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Evil(ran)))
     for name in ("new.pt", "plain.pt", "object.npy", "object.npz", "pickle.npz"): fails(capsys, tmp_path / name)
+    for name in ("new.pt", "plain.pt"): assert "more than tensors" in fails(capsys, tmp_path / name), name
     assert not ran.exists()
 
 
@@ -175,7 +176,7 @@ def test_other_mistakes(tmp_path, capsys):
     assert "there is no such file" in fails(capsys, tmp_path / "b.npz")
     assert "ends in one of" in fails(capsys, tmp_path / "a.csv")
     assert "in the reference of 5" in fails(capsys, tmp_path / "a.npz", "--reference", tmp_path / "short.npz")
-    assert "expected (4, 6)" in fails(capsys, tmp_path / "a.npz", "--head", tmp_path / "short.npz")
+    assert "expected one weight (4, 6)" in fails(capsys, tmp_path / "a.npz", "--head", tmp_path / "short.npz")
     fails(capsys, tmp_path / "a.npz", "--csv", tmp_path / "no" / "where.csv")
 
 
@@ -200,3 +201,71 @@ def test_arrays_are_not_read_when_opened(tmp_path):
     WRITERS["a.npz"](tmp_path / "a.npz", H, y)
     assert {n: (a.shape, a.kind) for n, a in open_arrays(tmp_path / "a.npz").items()} == {
         "features": ((200, 6), "f"), "labels": ((200,), "i")}
+
+
+fc, bn = {"fc.weight": W, "fc.bias": b}, {"bn.weight": b + 1, "bn.bias": b + 2}
+HEADS = [(dict(weight=W, bias=b, bn_mean=b + 1), b), (bn | fc, b), (bn | {"x.weight": W[:, :5]} | fc, b),
+         (dict(weight=W, bias=np.arange(4)), np.arange(4)), (dict(W=W, b=b[:, None], other=b), b),
+         (dict(kernel=W, bias=b[None], label=y[:4]), b), ({"head": W, "head_bias": b, "scale": b}, b),
+         ({"0": W, "1": b}, b), (dict(weight=W), None), ({"fc.weight": W, "bn.weight": W[0], "bn.bias": W[0]}, None)]
+
+
+@pytest.mark.parametrize("arrays, bias", HEADS)
+@pytest.mark.parametrize("kind", ["npz", "pt"])
+def test_the_bias_of_a_head(arrays, bias, kind, tmp_path):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    if kind == "npz": np.savez(tmp_path / "head.npz", **arrays)
+    else: torch.save({name: torch.tensor(array) for name, array in arrays.items()}, tmp_path / "head.pt")
+    found = measure_files(tmp_path / "a.npz", head=tmp_path / f"head.{kind}").accuracy["train"]
+    right = (torch.tensor(H) @ torch.tensor(W).T + torch.tensor(0 if bias is None else bias)).argmax(1)
+    assert found == pytest.approx((right == torch.tensor(y)).double().mean().item())
+
+
+@pytest.mark.parametrize("arrays, said", [
+    (dict(a=W, b=W), "the head holds a (4, 6) f, b (4, 6) f; expected one weight (4, 6)"),
+    (dict(a=W[:, :5], b=W[:3]), "the head holds a (4, 5) f, b (3, 6) f; expected one weight (4, 6)"),
+    (dict(weight=W.T, bias=b), "transpose a weight (6, 4)"), (dict(bias=b), "the head holds bias (4,) f; expected one"),
+    ({"fc.weight": W} | bn, "bn.weight (4,) f, bn.bias (4,) f; expected one bias (4,) that is named after 'fc.weight'"),
+    (dict(weight=W, count=y[:4]), "count (4,) i; expected one bias"), (dict(weight=W, bias=b, b=b), "one bias"),
+    (dict(weight=W, bias=b[:3]), "bias (3,) f; expected (4,)"), (dict(W=W, c=W[0]), "c (6,) f; expected (4,)"),
+    (dict(weight=W, bias=b > 0), "bias (4,) b; expected (4,)")])
+def test_heads_that_are_not_clear(arrays, said, tmp_path, capsys):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    np.savez(tmp_path / "head.npz", **arrays)
+    said_first = fails(capsys, tmp_path / "a.npz", "--head", tmp_path / "head.npz")
+    assert said in said_first and "head.npz: " in said_first and "features," not in said_first
+
+
+def test_heads_in_two_files(tmp_path, capsys):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    (tmp_path / "more").mkdir()
+    for name, array in {"W": W, "b": np.arange(4), "more/W": b}.items(): np.save(tmp_path / f"{name}.npy", array)
+    files = lambda *names: [tmp_path / f"{name}.npy" for name in names]
+    right = (H @ W.T + np.arange(4)).argmax(1) == y
+    assert measure_files(tmp_path / "a.npz", head=files("W", "b")).accuracy["train"] == pytest.approx(right.mean())
+    assert "two arrays 'W'" in fails(capsys, tmp_path / "a.npz", "--head", *files("W", "more/W"))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.arrow"])
+def test_an_error_names_the_row_of_the_file(name, tmp_path, capsys):
+    many = H.repeat(45, 0)
+    many[8500, 2] = np.nan
+    WRITERS[name](tmp_path / name, many, y.repeat(45))
+    WRITERS["a.npz"](tmp_path / "train.npz", H, y)
+    said = fails(capsys, tmp_path / name, "--reference", tmp_path / "train.npz")
+    assert f"{name}: row 8500 of the 9000 rows 0..8999 holds NaN" in said
+
+
+def test_a_class_without_samples(tmp_path, capsys):
+    "What to do is said in words of the command, and the file is named."
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    WRITERS["a.npz"](tmp_path / "less.npz", H[y != 2], y[y != 2])
+    for files in (["less.npz", "--reference", "a.npz"], ["a.npz", "--reference", "less.npz"], ["less.npz"]):
+        said = fails(capsys, *(tmp_path / f if "." in f else f for f in files))
+        assert "less.npz: 1 of 4 classes have no samples (2)" in said and "absent=" not in said and "from 0" in said
+
+
+@pytest.mark.parametrize("K", [0, 1, -3])
+def test_too_few_classes(K, tmp_path, capsys):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    assert f"--num-classes) is {K}: expected a whole number" in fails(capsys, tmp_path / "a.npz", "--num-classes", K)

@@ -2,6 +2,7 @@
 import pickle
 import subprocess
 import sys
+from itertools import count
 
 import pytest
 import torch
@@ -9,10 +10,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from small_net import Net, few_digits
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from nc_nbdev.lab.history import COLUMNS
-from nc_nbdev.lab.integrations import in_order
+from nc_nbdev.lab.integrations import Watcher, in_order
 from nc_nbdev.lab.report import measure
 
 
@@ -47,6 +58,52 @@ def test_loaders_in_order(sets):
     assert in_order(plain) is plain and in_order(batches := [1]) is batches
 
 
+class Odd(Sampler):
+    "Half of the samples, in an order drawn by a generator of its own."
+    def __init__(self, size): self.size, self.generator = size, torch.Generator().manual_seed(0)
+    def __len__(self): return self.size // 2
+    def __iter__(self): yield from (2 * torch.randperm(len(self), generator=self.generator) + 1).tolist()
+
+
+class Endless(Sampler):
+    def __init__(self): pass
+    def __iter__(self): yield from count()
+
+
+def test_loaders_with_samplers(sets):
+    y, weights = sets[0].tensors[1], torch.zeros(len(sets[0]))
+    weights[7:30] = torch.rand(23) + 0.1
+    read = lambda sampler, **how: torch.cat([y for _, y in in_order(DataLoader(sets[0], sampler=sampler, **how))])
+    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+    wrapped = DistributedSamplerWrapper(SubsetRandomSampler([5, 3]), num_replicas=2, rank=0)
+    for sampler, expected in ((SubsetRandomSampler([5, 3, 8]), y[[5, 3, 8]]), (wrapped, y[[5, 3]]), (Endless(), y),
+                              (WeightedRandomSampler(weights, 99), y[7:30]), (RandomSampler(sets[0]), y),
+                              (DistributedSampler(sets[0], num_replicas=2, rank=0), y)):
+        assert torch.equal(read(sampler, batch_size=4, drop_last=True), expected)
+    odd, first, before = Odd(len(y)), list(Odd(len(y))), torch.get_rng_state()
+    loader = in_order(DataLoader(sets[0], sampler=odd, batch_size=7))
+    assert torch.equal(torch.get_rng_state(), before) and list(odd) == first
+    assert torch.equal(torch.cat([y for _, y in loader]), y[first])
+    ready = BatchSampler(RandomSampler(sets[0]), 50, True)
+    assert len(read(ready, batch_size=None)) == len(y) // 50 * 50          # batches that the data set makes itself
+    batches = in_order(DataLoader(sets[0], batch_sampler=ready))
+    assert torch.equal(torch.cat([y for _, y in batches]), y) and batches.batch_size == 50
+    own = DataLoader(sets[0], batch_sampler=[[1, 2], [3]])
+    assert in_order(own) is own
+
+
+@pytest.mark.filterwarnings("ignore:.*not measured")
+def test_a_training_that_goes_wrong(sets):
+    net, watcher = Net(), Watcher("pool")
+    loaders = [DataLoader(s, 500) for s in sets]
+    logged = watcher.measure_epoch(net, 0, *loaders)
+    with torch.no_grad(): next(net.parameters()).fill_(float("nan"))
+    with pytest.warns(UserWarning, match="epoch 1: .* not measured"): broken = watcher.measure_epoch(net, 1, *loaders)
+    assert broken.keys() == logged.keys() and all(v != v for v in broken.values())
+    assert watcher.history.query("epoch == 1 and value.notna()").empty and watcher.reasons[1]
+    with pytest.raises(ValueError): Watcher("pool").measure_epoch(net, 0, *loaders)
+
+
 def same(history, report, epoch):
     "The rows of an epoch are those of a report."
     rows = history[history.epoch == epoch].set_index(["split", "layer", "measure"]).value.to_dict()
@@ -57,7 +114,7 @@ def same(history, report, epoch):
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
 
-def lightning_run(sets, *callbacks, epochs=3):
+def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01):
     import lightning as L
 
     class Module(L.LightningModule):
@@ -68,13 +125,13 @@ def lightning_run(sets, *callbacks, epochs=3):
 
         def training_step(self, batch, i): return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         def validation_step(self, batch, i): pass
-        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.01)
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr)
 
     module, logger = Module(), Kept()
     trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], logger=logger.made(), enable_checkpointing=False,
                         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     torch.manual_seed(1)
-    trainer.fit(module, DataLoader(sets[0], 100, shuffle=True), DataLoader(sets[1], 100))
+    trainer.fit(module, DataLoader(sets[0], 100, shuffle=sampler is None, sampler=sampler), DataLoader(sets[1], 100))
     return trainer, module, logger
 
 
@@ -107,6 +164,18 @@ def test_lightning(sets):
     for p, q in zip(module.parameters(), alone.parameters(), strict=True): assert torch.equal(p, q)
     pickle.dumps(LightningCollapse(layers="pool"))
     with pytest.raises(ValueError, match="every=0"): LightningCollapse(every=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_measures_what_the_sampler_draws_and_goes_on(sets):
+    from nc_nbdev.lab.integrations import LightningCollapse
+    watcher, half = LightningCollapse(layers="pool", every=2), list(range(100, 250))
+    module = lightning_run(sets, watcher, sampler=SubsetRandomSampler(half), epochs=2)[1]
+    seen = DataLoader(Subset(sets[0], half), 512)
+    same(watcher.history, measure(module.net, seen, DataLoader(sets[1], 512), "pool"), 2)
+    broken = LightningCollapse(layers="pool")
+    trainer = lightning_run(sets, broken, lr=1e30, epochs=2)[0]
+    assert trainer.current_epoch == 2 and broken.history.query("epoch == 2").value.isna().any() and broken.reasons
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------

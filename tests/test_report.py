@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from small_net import Net, Words, all_by_hand, few_digits, hooks, loaders, trained_net
+from small_net import Batches, Net, Words, all_by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
 
 from nc_nbdev.geometry.generalization import test_collapse as direct_collapse
@@ -419,6 +419,38 @@ def test_watching_changes_nothing(data):
     for p, q in zip(watched.model.parameters(), alone.model.parameters(), strict=True): assert torch.equal(p, q)
 
 
+def test_a_second_fit_is_measured_on_its_own_data(data):
+    follows, given = CollapseRecorder("pool"), loaders(data)
+    learn, kept = learner(data, cbs=follows), CollapseRecorder("pool", train_dl=given[0], test_dl=given[1])
+    smaller = copy.copy(learn.dls)
+    smaller.loaders = [Batches(dl.x[:150], dl.y[:150], 50) for dl in learn.dls.loaders]
+    fit(learn, 1).add_cb(kept)
+    learn.dls = smaller
+    fit(learn, 1)
+    for recorder, seen in ((follows, smaller.loaders), (kept, given)):
+        found = recorder.history.query("epoch == epoch.max()").value.to_numpy()
+        assert found == pytest.approx(measure(learn.model, *seen, layers="pool").frame.value.to_numpy(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*not measured")
+@pytest.mark.parametrize("layers", [None, "pool"])
+def test_a_training_that_goes_wrong_is_noted(data, layers):
+    recorder = CollapseRecorder(layers)
+    with (learn := learner(data, cbs=recorder)).no_logging(): learn.fit(2, 1e30)
+    assert recorder.history.query("epoch == 2 and measure == 'nc1_trace'").value.isna().any() and 2 in recorder.reasons
+
+
+def test_a_recorder_belongs_to_one_network(data):
+    recorder = CollapseRecorder("pool")
+    learn = fit(learner(data, cbs=recorder), 1)
+    learn.model = nn.DataParallel(learn.model)
+    assert set(fit(learn, 1).collapse_recorder.history.epoch) == {0, 1, 2}    # a wrapper is the same network
+    rows = len(recorder.rows)
+    with pytest.raises(ValueError, match="another network, a Net, .* new CollapseRecorder"):
+        fit(learner(data, cbs=recorder), 1)
+    assert len(recorder.rows) == rows
+
+
 def test_batches_of_other_forms(net, data):
     clean, test = loaders(data)
     expected = measure(net, clean, test).frame
@@ -536,7 +568,7 @@ def test_absent_words_are_left_out():
         close({k: v for k, v in found.items() if k not in ("nc1_pinv", "vci")}, {k: v for k, v in direct.items()
               if k not in ("nc1_pinv", "vci")})
     assert report.num_classes == 50_000 and report.measures["train"]["head:input"].num_classes == 4
-    assert "49996 of 50000 classes have no samples (0, 1, 2, 3, 4, ...)" in report.notes[0] and len(report.notes) == 2
+    assert "49996 of 50000 classes have no samples (0, 1, 2, 3, 4, ...)" in report.notes[0] and len(report.notes) == 3
     statistics = collect(model, train, "head:input", 50_000, reading=dict(next_token=True)).statistics
     assert statistics["head:input"].means.shape == (4, 8)
 
@@ -552,10 +584,11 @@ def test_absent_classes_of_a_test_set():
     means = {c: H["train"][y["train"] == c].double().mean(0) for c in (1, 4, 6)}
     nearest = torch.tensor([min(means, key=lambda c: (h - means[c]).norm()) for h in H["test"].double()])
     measures = report.measures["test"]["head:input"]
-    assert measures.ncc_accuracy == pytest.approx((nearest == y["test"]).double().mean().item())
-    logits = H["test"] @ model.head.weight.detach().T
-    assert measures.nc4_disagreement == pytest.approx((nearest != logits.argmax(1)).double().mean().item())
     known = torch.isin(y["test"], torch.tensor([1, 6]))
+    assert measures.ncc_accuracy == pytest.approx((nearest == y["test"])[known].double().mean().item())
+    logits = H["test"] @ model.head.weight.detach().T
+    assert measures.nc4_disagreement == pytest.approx((nearest != logits.argmax(1))[known].double().mean().item())
+    assert any(f"{int((~known).sum())} samples are of classes that the train set lacks" in n for n in report.notes)
     drift = torch.stack([h - means[c.item()] for h, c in zip(H["test"][known].double(), y["test"][known], strict=True)])
     M = torch.stack(list(means.values()))
     between = (M - M.mean(0)).square().sum(1).mean()
@@ -579,6 +612,20 @@ def test_absent_classes_of_images(net, data):
     for name in ("nc1_trace", "nc1_pinv", "vci", "cdnv", "nc2_etf", "nc3_duality"):
         assert found[name] == pytest.approx(direct[name], rel=1e-4), name
     with pytest.raises(ValueError, match="absent='no'"): measure(net, clean, absent="no")
+
+
+def test_head_that_is_guessed_wrong_is_said():
+    "Layers are registered in another order than they run: the last one registered is not the classifier."
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.body = nn.Linear(8, 4), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        def forward(self, x): return self.fc(self.body(x))
+    model, batches = Reversed(), [(torch.randn(40, 6), torch.arange(40) % 4)]
+    with pytest.raises(ValueError, match="head guessed: body.2, but .* choose by head="): measure(model, batches)
+    found, right = measure(model, batches, num_classes=4), measure(model, batches, head="fc")
+    assert found.accuracy == right.accuracy and found.accuracy["train"] is not None
+    with pytest.raises(ValueError, match="num_classes is 0"): measure(model, batches, num_classes=0)
 
 
 class Tied(Words):

@@ -1,8 +1,10 @@
 """Studies and the command: what they write, when they compute again; a broken study of train and test cannot pass."""
 
 import json
+import re
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ from nc_nbdev.lab.settings import Settings
 from nc_nbdev.lab.studies import Measured, study
 from nc_nbdev.paper import train_vs_test
 from nc_nbdev.paper.train_vs_test import CLAIMS, _numbers
-from nc_nbdev.vision.recipes import ImageRecipe
+from nc_nbdev.vision.recipes import ImageRecipe, image_grid
 
 command = import_module("nc_nbdev.reproduce")      # the module; `nc_nbdev.reproduce` is called as its function
 TINY = dict(epochs=1, train_per_class=20, test_per_class=10, width=4, snapshots=2)
@@ -197,6 +199,52 @@ def test_the_plan_calls_no_study_that_has_no_runs(tiny_project, monkeypatch):
 def test_command_rejects(argv, said, tiny_project, capsys):
     with pytest.raises(SystemExit) as exit: command.main(argv)
     assert exit.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, given", [
+    ("--confirm quick --plan --seeds 0 --studies random_labels --out x", "--seeds, --studies, --out, --plan"),
+    ("--confirm quick --preset laptop", "--preset"), ("--confirm quick --datasets mnist", "--datasets"),
+    ("--confirm quick --verify", "--verify"), ("--verify --plan --jobs 2", "--plan, --jobs"),
+    ("--plan --out x", "--out")])
+def test_an_option_that_would_be_ignored_is_an_error(line, given, tiny_project, monkeypatch, capsys):
+    for name in ("confirm", "_run", "plan", "damaged_files"):
+        monkeypatch.setattr(command, name, lambda *args, **kwargs: pytest.fail("was run"))
+    with pytest.raises(SystemExit) as exit: command.main(line.split())
+    assert exit.value.code == 2 and f"{line.split()[0]} with {given}: expected" in capsys.readouterr().err
+
+
+def test_a_confirmation_uses_the_folder_and_the_workers(tiny_project, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(command, "confirm", lambda scale, **places: (seen.update(places, scale=scale) or [], "there"))
+    monkeypatch.setattr(command, "format_scoreboard", lambda claims: "")
+    command.main(["--confirm", "quick", "--runs", "elsewhere", "--jobs", "1"])
+    assert seen == {"scale": "quick", "runs_dir": Path("elsewhere")} and "kept in there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, said", [
+    ("presett = laptop", "line 3: unknown key 'presett'; did you mean 'preset'?"),
+    ("epochs = many", "line 3: epochs = 'many' is not of type int"),
+    ("dataset = cifar", "line 3: dataset='cifar': expected one of digits, .*; did you mean 'cifar10'?"),
+    ("dataset =", "line 3: dataset='': expected one of digits"),
+    ("datasets = cifar", "datasets='cifar': expected one of digits, .*; did you mean 'cifar10'?")])
+@pytest.mark.parametrize("study", ["graphs", "other_losses", "cascade"])
+def test_unknown_names_are_found_before_any_study(text, said, study, tmp_path, monkeypatch, capsys):
+    (tmp_path / "settings.ini").write_text(f"[DEFAULT]\npreset = quick\n{text}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "load_study", lambda name: pytest.fail("a study was looked at"))
+    for more in ([], ["--plan"]):
+        with pytest.raises(SystemExit) as exit: command.main(["--studies", study, *more])
+        assert exit.value.code == 2 and re.search(said, capsys.readouterr().err)
+    with pytest.raises(ValueError, match=said): command.reproduce(studies=study, progress=False)
+    with pytest.raises(ValueError, match=said): command.register(command._settings(), study)
+
+
+@pytest.mark.parametrize("name", ["mnist", "templates-0.3", "mine", "data/mine", "~/mine", "here"])
+def test_a_data_set_is_known_by_its_name_or_by_its_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/mine", "here"): (tmp_path / folder).mkdir(parents=True)
+    assert image_grid(Settings(overrides={"dataset": name}, data_dir=tmp_path / "data"))[0].dataset == name
 
 
 def test_what_is_asked_for_replaces_the_file(tmp_path, monkeypatch):

@@ -685,7 +685,8 @@ def test_the_command_verifies(whole, tmp_path, capsys):
     main = import_module("nc_nbdev.reproduce").main
     shutil.copytree(whole.runs_dir, tmp_path / "runs")
     main(["--verify", "--runs", str(tmp_path / "runs")])
-    assert "no damaged files" in capsys.readouterr().out
+    said, files = capsys.readouterr().out, [f for f in (tmp_path / "runs").rglob("[!.]*") if f.is_file()]
+    assert f"{len(files)} files read, no damaged files" in said
     damaged = [folder_of(Points(), settings(tmp_path / "runs")) / "weights-0001.pth", tmp_path / "runs" / "studies"
                / _study(whole).folder.name / "claims.json"]
     for file in damaged: with_time(file)
@@ -693,3 +694,12 @@ def test_the_command_verifies(whole, tmp_path, capsys):
     said = capsys.readouterr().out
     assert end.value.code == 1 and "2 damaged files" in said and all(str(f) in said for f in damaged)
     assert all(f.exists() for f in damaged)
+
+
+def test_the_command_verifies_no_folder_that_is_missing(tmp_path, capsys):
+    from importlib import import_module
+    main = import_module("nc_nbdev.reproduce").main
+    with pytest.raises(SystemExit) as end: main(["--verify", "--runs", str(tmp_path / "none")])
+    assert end.value.code == 2 and f"{tmp_path / 'none'}: no such folder; expected" in capsys.readouterr().err
+    main(["--verify", "--runs", str(tmp_path)])
+    assert f"{tmp_path}: 0 files read, no damaged files" in capsys.readouterr().out

@@ -10,6 +10,7 @@ __all__ = ['READERS', 'StoredArray', 'open_arrays', 'StoredFeatures', 'measure_f
 # %% ../../nbs/lab/28_features_on_disk.ipynb #edb0415e
 import argparse
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from pyarrow import ipc
 from pyarrow import parquet as pq
 from torch import Tensor
 
+from ..geometry.etf import as_whole
 from ..geometry.measures import check_head
 from ..geometry.nearest_centre import both_decisions, nearest_centre
 from ..geometry.statistics import ClassStatistics
@@ -94,7 +96,11 @@ def _safetensors(path):
 
 def _pt(path):
     with open(path, "rb") as file: mapped = file.read(2) == b"PK"      # written by PyTorch 1.6 or later
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError: raise
+    except Exception as e:                         # UnpicklingError, or what a damaged file raises
+        raise ValueError("it is damaged, or it holds more than tensors, which could run code when read: expected "
+                         "tensors by name; save {'features': H, 'labels': y}, or model.state_dict()") from e
     if isinstance(found, Tensor): found = {path.stem: found}
     if isinstance(found, (list, tuple)): found = {str(i): part for i, part in enumerate(found)}
     if not isinstance(found, dict): raise ValueError(f"it holds a {type(found).__name__}: expected tensors by name")
@@ -188,14 +194,64 @@ def _tensor(part):
     if isinstance(part, Tensor): return part.clone()
     return torch.tensor(part.astype(part.dtype.newbyteorder("=")))
 
+def _listed(arrays):
+    "Names, shapes and kinds, for an error; of a large file the first."
+    seen = [f"{name} {array.shape} {array.kind}" for name, array in arrays.items()]
+    return ", ".join(seen[:12]) + f" and {len(seen) - 12} more" * (len(seen) > 12) or "no arrays"
+
 def _choose(found, path, name, preferred, ndim, kind, flag):
     "The array that was asked for, or the one that fits."
-    seen = ", ".join(f"{n} {a.shape} {a.kind}" for n, a in found.items()) or "no arrays"
     what = {2: "features, floating numbers (N, D)", 1: "labels, whole numbers (N,)"}[ndim]
     fits = {n: a for n, a in found.items() if a.kind == kind and len(a.shape) == ndim}
     chosen = [name] if name else [n for n in preferred if n in fits][:1] or [*fits]
     if len(chosen) == 1 and chosen[0] in fits: return fits[chosen[0]]
-    raise ValueError(f"{path}: it holds {seen}; expected one array of {what}. {flag} NAME says which")
+    raise ValueError(f"{path}: it holds {_listed(found)}; expected one array of {what}. {flag} NAME says which")
+
+# %% ../../nbs/lab/28_features_on_disk.ipynb #71be20c4
+def _head(paths, shape):
+    "(W, b) from one file or two: the weight of that shape (K, D), and the bias that belongs to it, if any."
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    where, arrays = ", ".join(map(str, paths)), {}
+    for found in map(open_arrays, paths):
+        if twice := sorted(found.keys() & arrays.keys()):
+            raise ValueError(f"{where}: the head has two arrays {twice[0]!r}: expected a name for each, as weight and "
+                             "bias; rename one")
+        arrays |= found
+    weight = _weight(arrays, where, shape)
+    bias = _bias(arrays, where, weight)
+    whole = lambda name: torch.cat([_tensor(part) for part in arrays[name].rows(2**20)])
+    with _reading(where): W, b = whole(weight), None if bias is None else whole(bias).flatten()
+    return W, b if b is None or b.is_floating_point() else b.double()
+
+def _weight(arrays, where, shape):
+    "The name of the only array of that shape (K, D)."
+    fits = {n: a for n, a in arrays.items() if a.kind == "f" and a.shape == shape}
+    if len(fits) == 1: return next(iter(fits))
+    matrices = {n: a for n, a in arrays.items() if len(a.shape) == 2}
+    do = "save the weight and the bias of the classifier alone in a file"
+    if any(a.shape == shape[::-1] for a in matrices.values()): do = f"transpose a weight {shape[::-1]}, or {do}"
+    raise ValueError(f"{where}: the head holds {_listed(fits or matrices or arrays)}; expected one weight {shape} of "
+                     f"floating numbers, a row for each class (--num-classes) and a column for each feature; {do}")
+
+# %% ../../nbs/lab/28_features_on_disk.ipynb #c08d47b2
+def _bias(arrays, where, weight):
+    "The name of the bias of that weight: by its name, or the only other array; None where there is none."
+    K, others = arrays[weight].shape[0], {n: a for n, a in arrays.items() if n != weight}
+    fits = lambda a: a.shape in ((K,), (K, 1), (1, K))
+    start = re.sub(r"(^|[._/-])(weights?|kernel|w)$", "", weight, flags=re.I)
+    named = [n for n in others if re.fullmatch(re.escape(start) + r"[._/-]?(bias|b)", n, flags=re.I)]
+    pair = [n for n, a in others.items() if a.kind == "f" and (fits(a) or len(a.shape) == 1)]
+    left = {n: a for n, a in others.items() if n in named or fits(a)}
+    chosen = named or (pair if len(others) == 1 else [])
+    if not (chosen or left): return None
+    if len(chosen) != 1:
+        raise ValueError(f"{where}: the head holds {_listed(left)}; expected one bias ({K},) that is named after "
+                         f"{weight!r}, as weight and bias, fc.weight and fc.bias, or W and b; rename it, or, where the "
+                         f"classifier has no bias, save {weight!r} alone in a file")
+    array = others[chosen[0]]
+    if fits(array) and array.kind in "fi": return chosen[0]
+    raise ValueError(f"{where}: the bias of the head is {_listed({chosen[0]: array})}; expected ({K},), a number for "
+                     "each class; save it so")
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #7e13a7e2
 def measure_files(
@@ -211,42 +267,55 @@ def measure_files(
     "Collapse of features in files, read in batches. Raises `ValueError` for bad files and labels, an empty class."
     splits = {"train": paths} if reference is None else {"train": reference, "test": paths}
     splits = {name: StoredFeatures(given, features, labels) for name, given in splits.items()}
+    if num_classes is not None and (as_whole(num_classes) or 0) < 2:
+        raise ValueError(f"the number of classes (num_classes, --num-classes) is {num_classes!r}: expected a whole "
+                         "number of at least 2; leave it out for the largest label and one more")
     K = num_classes or max(2, max(int(split.labels.max()) + 1 for split in splits.values()))
-    W = None if head is None else _head(head)
-    passes = {}
-    for name, split in splits.items():
-        low, high, N = split.labels.min(), split.labels.max(), len(split.labels)
-        if low < 0 or high >= K: raise ValueError(f"{split.path}: labels from {low} to {high}: expected 0..{K - 1}")
-        if K > N: raise ValueError(f"{split.path}: {K} classes, {N} samples: every class needs at least one")
-        passes[name] = _collect(split, K, passes.get("train"), W, progress)
+    for split in splits.values(): _check_labels(split, K)
+    W, passes = None if head is None else _head(head, (K, splits["train"].array.shape[1])), {}
+    for name, split in splits.items(): passes[name] = _collect(split, K, passes.get("train"), W, progress)
     return compare_splits(passes["train"], {n: p for n, p in passes.items() if n != "train"}, head=W)
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #90c03320
+def _check_labels(split, K):
+    "Raises ValueError unless the labels are 0..K-1 and each occurs: seen before any features are read."
+    low, high, N = split.labels.min(), split.labels.max(), len(split.labels)
+    if low < 0 or high >= K: raise ValueError(f"{split.path}: labels from {low} to {high}: expected 0..{K - 1}")
+    if K > N: raise ValueError(f"{split.path}: {K} classes, {N} samples: every class needs at least one")
+    empty = (split.labels.bincount(minlength=K) == 0).nonzero().flatten().tolist()
+    if not empty: return
+    names = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
+    raise ValueError(f"{split.path}: {len(empty)} of {K} classes have no samples ({names}): every class needs at least "
+                     "one in every file; add samples, or leave these classes out of all files and number the others "
+                     "from 0")
+
+def _update(stats, split, batches):
+    "Add the batches of a file. An error names the file, and the row in the file rather than in the batch."
+    row = 0
+    for H, y in batches:
+        try: stats.update(H, y)
+        except ValueError as e:
+            bad = (~H.double().isfinite()).any(1).nonzero()
+            seen = f"row {row + int(bad[0])} of the {len(split.labels)} rows 0..{len(split.labels) - 1} holds NaN or " \
+                   "infinity: expected finite features; did the training diverge?" if len(bad) else e
+            raise ValueError(f"{split.path}: {seen}") from e
+        row += len(H)
+
 def _collect(split, K, base, head, progress):
     "Two passes over the features: statistics, and the nearest mean (of the base) of each sample."
     counts = split.labels.bincount(minlength=K)
     within = "full" if split.array.shape[1] <= 4096 else "trace"      # (D, D) in float64: 128 MB
-    counts = counts if within == "full" and counts.min() > 0 else None
+    counts = counts if within == "full" else None
     stats = ClassStatistics(K, split.array.shape[1], within, counts)
     show = lambda: progress_bar(split, leave=False) if progress else split
-    for H, y in show(): stats.update(H, y)
-    means = (base.statistics["features"] if base else stats)
-    means.require_samples()
+    _update(stats, split, show())
+    means = base.statistics["features"] if base else stats
     if means.dim != stats.dim:
         raise ValueError(f"{split.path}: features of length {stats.dim}, in the reference of {means.dim}")
     if head: check_head(head, stats)
     both = [both_decisions(H, *head, means.means) if head else (nearest_centre(H, means.means),) for H, _ in show()]
     predictions, nearest = (None, *map(torch.cat, zip(*both, strict=True)))[-2:]
     return Collected({"features": stats}, split.labels, predictions, {}, {"features": nearest}, ("features",))
-
-def _head(paths):
-    "(W, b) from one file or two."
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    arrays = {k: v for path in paths for k, v in open_arrays(path).items()}
-    W = _choose(arrays, paths[0], None, ("weight", "W"), 2, "f", "--head")
-    biases = [a for a in arrays.values() if a.kind == "f" and len(a.shape) == 1]
-    whole = lambda array: torch.cat([_tensor(part) for part in array.rows(2**20)])
-    with _reading(paths[0]): return whole(W), whole(biases[0]) if len(biases) == 1 else None
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #4f457389
 def measure_command(
@@ -257,7 +326,7 @@ def measure_command(
     add = parser.add_argument
     add("files", nargs="+", help=f"features and labels, in one file or two ({', '.join(READERS)})")
     add("--reference", nargs="+", metavar="FILE", help="the train set, where FILES are test features")
-    add("--head", nargs="+", metavar="FILE", help="the classifier: weight (K, D) and bias (K,)")
+    add("--head", nargs="+", metavar="FILE", help="the classifier: weight (K, D) and bias (K,), in one file or two")
     add("--features", metavar="NAME", help="name of the features, where a file has several arrays")
     add("--labels", metavar="NAME", help="name of the labels")
     add("--num-classes", type=int, metavar="K", help="number of classes; default the largest label and one more")

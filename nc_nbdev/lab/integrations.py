@@ -14,13 +14,22 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.statistics import ClassStatistics
 from .history import COLUMNS
 from .recorder import CollapseRecorder, clean_loader, undisturbed
-from .report import MEANINGS, CollapseReport, measure
+from .report import MEANINGS, CollapseReport
 
 # %% ../../nbs/lab/35_integrations.ipynb #ef7035e5
 def in_order(
@@ -28,8 +37,26 @@ def in_order(
 ) -> Iterable:       # the same samples, in order and all of them where that can be asked for
     "A loader to measure with."
     if not isinstance(dl, DataLoader) or isinstance(dl.dataset, IterableDataset): return clean_loader(dl)
-    if isinstance(dl.sampler, SequentialSampler) and not dl.drop_last: return dl
-    return DataLoader(dl.dataset, dl.batch_size or 64, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+    batches = dl.batch_sampler
+    if not (batches is None or type(batches) is BatchSampler): return dl
+    sampler, size, drops = (dl.sampler, None, False) if batches is None else (
+        batches.sampler, batches.batch_size, batches.drop_last)
+    if isinstance(sampler, SequentialSampler) and not drops: return dl
+    return DataLoader(dl.dataset, size, sampler=_drawn(sampler), collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+
+def _drawn(sampler):
+    "Indices of the samples that a sampler draws from, or None for the whole data set, in order."
+    everything = RandomSampler, SequentialSampler, DistributedSampler
+    if isinstance(sampler, DistributedSampler) and hasattr(sampler.dataset, "_sampler"):   # Lightning's wrapper
+        return _drawn(sampler.dataset._sampler)
+    if isinstance(sampler, SubsetRandomSampler): return list(sampler.indices)
+    if isinstance(sampler, WeightedRandomSampler): return sampler.weights.nonzero().flatten().tolist()
+    if isinstance(sampler, everything) or not hasattr(sampler, "__len__"): return None
+    own = getattr(sampler, "generator", None)
+    state = own.get_state() if isinstance(own, torch.Generator) else None
+    with undisturbed(): drawn = list(sampler)
+    if state is not None: own.set_state(state)   # training draws what it would have drawn
+    return drawn
 
 # %% ../../nbs/lab/35_integrations.ipynb #d2983b36
 class Watcher:
@@ -52,6 +79,7 @@ class Watcher:
         super().__init__()
         if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every!r}: expected a positive integer")
         self.every, self.train_loader, self.test_loaders, self.rows = every, train_dl, test_dl, []
+        self.reasons = {}   # epoch -> why something that was measured before could not be measured
         self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,
                             output=output, next_token=next_token, absent=absent)
         self.columns = dict(run=run, condition=condition, seed=seed)
@@ -61,21 +89,24 @@ class Watcher:
         "What was measured: run, condition, seed, epoch, split, layer, measure, value."
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
-    plot = CollapseRecorder.plot
+    plot, _add, _report = CollapseRecorder.plot, CollapseRecorder._add, CollapseRecorder._report
 
     def measure_epoch(self, model, epoch, train_dl, test_dl) -> dict[str, float]:
         "Measure and keep the rows; what goes to the framework's own logger."
         train = in_order(train_dl) if self.train_loader is None else self.train_loader
-        with undisturbed(): report = measure(model, train, self.test_loaders or test_dl, **self.options)
-        self.rows += [self.columns | {"epoch": epoch} | row for row in report.frame.to_dict("records")]
-        return log_names(report)
+        known = len(self.rows)
+        self._report(model, epoch, train, self.test_loaders or test_dl)
+        return _logged(pd.DataFrame(self.rows[known:], columns=list(COLUMNS)))
 
 # %% ../../nbs/lab/35_integrations.ipynb #82a9c42d
 def log_names(
     report: CollapseReport,     # of one epoch
 ) -> dict[str, float]:          # collapse/split/layer/measure -> value, of the measures that a report shows first
     "The numbers for a logger."
-    rows = report.frame[report.frame.measure.isin([*MEANINGS, "accuracy"])]
+    return _logged(report.frame)
+
+def _logged(frame):
+    rows = frame[frame.measure.isin([*MEANINGS, "accuracy"])]
     return {f"collapse/{r.split}/{r.layer}/{r.measure}": r.value for r in rows.itertuples()}
 
 # %% ../../nbs/lab/35_integrations.ipynb #3b3175b8

@@ -24,6 +24,7 @@ from .figures import epoch_axis
 from .history import COLUMNS
 from .report import measure
 from .settings import log_epochs
+from .taps import unwrap
 
 # %% ../../nbs/lab/30_recorder.ipynb #4a61c71c
 def clean_loader(
@@ -63,7 +64,8 @@ class CollapseRecorder(Callback):
         if epochs is not None and (not np.iterable(epochs) or any((n := as_whole(e)) is None or n < 0 for e in epochs)):
             raise ValueError(f"epochs={epochs!r}: expected numbers of epochs, such as (0, 1, 10)")
         self.every, self.epochs = every, None if epochs is None else frozenset(epochs)
-        self.train_loader, self.test_loaders = train_dl, test_dl
+        self.given, self._network = (train_dl, test_dl), None
+        self.train_loader, self.test_loaders = self.given
         self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,
                             output=output, next_token=next_token, absent=absent)
         self.columns, self.rows, self.status, self.done = dict(run=run, condition=condition, seed=seed), [], "", 0
@@ -75,11 +77,21 @@ def before_fit(self: CollapseRecorder):
     "Find the loaders and measure the untrained network; idle while fastai looks for a learning rate or predicts."
     self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
     if not self.run: return
+    self._one_network()
     self._earlier, self._first = self.done, True   # a second fit goes on counting where the first ended
-    with undisturbed():
-        if self.train_loader is None: self.train_loader = clean_loader(self.dls.train)
-    if self.test_loaders is None: self.test_loaders = {"test": self.dls.valid}
+    train, tests = self.given                      # the learner's data may be others in every fit
+    with undisturbed(): self.train_loader = clean_loader(self.dls.train) if train is None else train
+    self.test_loaders = {"test": self.dls.valid} if tests is None else tests
     if not self.rows: self._measure(0)
+
+@patch
+def _one_network(self: CollapseRecorder):
+    "Remember the network. Raises `ValueError` for another than the one watched so far."
+    network, before = unwrap(self.model), self._network
+    if (self.rows or self.done) and before is not None and network is not before:
+        raise ValueError(f"this recorder has watched another network, a {type(before).__name__}, than the "
+                         f"learner's {type(network).__name__}: make a new CollapseRecorder for each network")
+    self._network = network
 
 @patch
 def after_train(self: CollapseRecorder):
@@ -102,15 +114,9 @@ def _measure(self: CollapseRecorder, epoch):
     if not self._due(epoch): return
     dataset = getattr(self.train_loader, "dataset", None)
     validation = dataset.set_split_idx(1) if hasattr(dataset, "set_split_idx") else nullcontext()
-    try:
-        with undisturbed(), validation:
-            report = measure(self.model, self.train_loader, self.test_loaders, **self.options)
-    except ValueError as e:
-        if not self.rows: raise         # the call is wrong, not the training
-        return self._add([], epoch, [str(e)])
+    with validation: report = self._report(self.model, epoch, self.train_loader, self.test_loaders)
+    if report is None: return
     classes = getattr(report, "measures", {})        # a report on regression has none
-    reasons = [why for split in classes.values() for m in split.values() for why in m.reasons.values()]
-    self._add(report.frame.to_dict("records"), epoch, [*reasons, *report.notes])
     nc1 = classes["train"][report.layers[-1]].nc1_trace if classes else None
     self.status = "" if nc1 is None else f"NC1 {nc1:.3g}"
     bar = getattr(getattr(self.learn, "progress", None), "mbar", None)
@@ -127,6 +133,19 @@ def missing_rows(
     there, last = {key(row) for row in present}, rows[-1]["epoch"] if rows else None
     before = [row for row in rows if row["epoch"] == last and key(row) not in there]
     return [row | {"epoch": epoch, "value": float("nan")} for row in before]
+
+@patch
+def _report(self: CollapseRecorder, model, epoch, train, tests):
+    "Measure, and keep the rows of an epoch; the report, or None where nothing can be measured any more."
+    try:
+        with undisturbed(): report = measure(model, train, tests, **self.options)
+    except ValueError as e:
+        if not self.rows: raise         # the call is wrong, not the training
+        return self._add([], epoch, [str(e)])
+    splits = getattr(report, "measures", {}).values()
+    reasons = [why for split in splits for m in split.values() for why in m.reasons.values()]
+    self._add(report.frame.to_dict("records"), epoch, [*reasons, *report.notes])
+    return report
 
 @patch
 def _add(self: CollapseRecorder, found, epoch, reasons):

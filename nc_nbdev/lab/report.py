@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..geometry.etf import as_whole
 from ..geometry.generalization import TestCollapse, test_collapse, test_collapse_from_statistics
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.nearest_centre import classifier_decision, nearest_centre
@@ -62,7 +63,9 @@ def _class_counts(dl, num_classes):
 # %% ../../nbs/lab/25_report.ipynb #ae711f24
 def _same(a, b):
     "Whether features are equal but for rounding; those of no sample are."
-    return a.shape == b.shape and (not len(b) or torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item()))
+    if a.shape != b.shape or not len(b): return a.shape == b.shape
+    size = b.abs().nan_to_num(0, 0).max().item()   # a training that went wrong has features that are NaN
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * size, equal_nan=True)
 
 # %% ../../nbs/lab/25_report.ipynb #31e7e5c4
 @dataclass(frozen=True)
@@ -173,6 +176,10 @@ def _places(base, test):
     wanted, there = (every if split.classes is None else split.classes for split in (base, test))
     return torch.full_like(every, -1).index_put((there,), torch.arange(len(there), device=every.device))[wanted]
 
+def _known(split, base):
+    "Which samples are of a class that the base has, too: the others have no nearest mean of their own."
+    return slice(None) if base.classes is None else torch.isin(split.labels, base.classes)
+
 def _measure_layer(split, layer, base, head):
     "`CollapseMeasures` of one layer; NC4 where the nearest mean of each sample is known."
     rows = slice(None) if split.classes is None else split.classes
@@ -184,9 +191,10 @@ def _measure_layer(split, layer, base, head):
     if nearest is None:
         missing = ("ncc_accuracy", "nc4_disagreement") if head else ("ncc_accuracy",)
         return replace(m, reasons=m.reasons | dict.fromkeys(missing, "needs the features: measure(..., keep=...)"))
-    found = {"ncc_accuracy": (nearest == split.labels).double().mean().item()}
+    known = _known(split, base)
+    found = {"ncc_accuracy": (nearest == split.labels)[known].double().mean().item()}
     decision = None if head is None else split.predictions if H is None else classifier_decision(H, *head)
-    if decision is not None: found["nc4_disagreement"] = (nearest != decision).double().mean().item()
+    if decision is not None: found["nc4_disagreement"] = (nearest != decision)[known].double().mean().item()
     return replace(m, **found, reasons={k: v for k, v in m.reasons.items() if k not in found})
 
 # %% ../../nbs/lab/25_report.ipynb #98e76607
@@ -223,6 +231,9 @@ def compare_splits(
         try: measures[name] = {la: _measure_layer(split, la, base, heads.get(la)) for la in split.statistics}
         except ValueError as e: raise ValueError(f"{name} set: {e}" + _hint * ("no samples" in str(e))) from e
         if split.classes is not None: notes.append(f"{name} set: {_absent(split)}")
+        if base is not split and (new := len(split.labels) - len(split.labels[_known(split, base)])):
+            notes.append(f"{name} set: {new} samples are of classes that the {references[name]} set lacks; NC4, "
+                         "nearest-centre accuracy, test and strong variance leave them out.")
     for name, layer in ((n, la) for n in references for la in train.statistics):
         try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
         except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
@@ -369,6 +380,8 @@ def _find_head(model, head, num_classes):
     "(W, b) or None, the names of layers that it may be, K, and what is to be said about it or None."
     without = "No NC3, and no NC4 of the classifier: {}.".format
     if head is None: return None, (), num_classes, without("no classifier was asked for")
+    if num_classes is not None and (as_whole(num_classes) or 0) < 2:
+        raise ValueError(f"num_classes is {num_classes!r}: expected a whole number, at least 2")
     if not isinstance(head, (str, tuple, list)) or len(head) != 2 and not isinstance(head, str):
         raise ValueError(f"head is a {type(head).__name__}: expected the name of a layer, or the pair (W, b)")
     if not isinstance(head, str): return tuple(head), (), num_classes or len(head[0]), None
@@ -381,6 +394,16 @@ def _find_head(model, head, num_classes):
         return None, (), num_classes, without(f"layer {name} has {len(W)} outputs, there are {num_classes} classes")
     others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == len(W)]
     return (W, b), (*(n for n in others if n != name), name) if head == "auto" else (name,), len(W), None
+
+def _of_head(model, train, guessed, chosen):
+    "(W, b) of the classifier of a pass, and what is to be said about it or None."
+    name, choose, note = train.heads[-1], 'choose by head="name", num_classes= or output=', None
+    if guessed and train.predictions is None:
+        note = f"head guessed: {name}, but the output does not have its {train.num_classes} columns; {choose}."
+    elif not train.head_layers: note = f"No NC3: none of the layers is the input of {name}; add '{name}:input'."
+    elif guessed[1:] and (len(train.heads) > 1 or not chosen):
+        note = f"head guessed: {name}, one of {', '.join(guessed)}; {choose}."
+    return head_of(model, name), note
 
 # %% ../../nbs/lab/25_report.ipynb #cae993a5
 def _tied(model, dl, head, reading):
@@ -474,12 +497,11 @@ def measure(
     for n, base in bases.items():
         passes[n] = run(tests[n], reference=passes[base].statistics, classes=passes[base].classes)
     train = replace(passes["train"], head_layers=given or passes["train"].head_layers)
-    if heads:
-        Wb, name = head_of(model, train.heads[-1]), train.heads[-1]
-        if len(heads) > 1 and (output is None or len(train.heads) > 1):
-            note = f"head guessed: {name}, one of {', '.join(heads)}; choose by head=\"name\" or output=."
-        if not train.head_layers: note = f"No NC3: none of the layers is the input of {name}; add '{name}:input'."
-    report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references)
+    if heads: Wb, note = _of_head(model, train, heads if head == "auto" else (), output is not None)
+    try: report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references)
+    except ValueError as e:
+        if not note: raise
+        raise ValueError(f"{e}. {note}") from e
     return replace(report, notes=(*([note] if note else ()), *report.notes))
 
 # %% ../../nbs/lab/25_report.ipynb #bde5c099

@@ -199,7 +199,8 @@ def pool_features(
     own = vectors.untyped_storage().data_ptr() != activation.untyped_storage().data_ptr()
     return vectors if own else vectors.clone()
 
-_argmax = "for one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1))"
+_argmax = ("for one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1)), for a column of labels "
+           "b[1].squeeze(1)")
 
 # %% ../../nbs/lab/20_taps.ipynb #38aaa51e
 class FeatureTaps:

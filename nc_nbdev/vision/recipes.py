@@ -174,15 +174,24 @@ def image_grid(
     settings: Settings,          # its `preset`, `datasets` and `overrides`
 ) -> tuple[ImageRecipe, ...]:    # in the order of `settings.datasets`, else of the preset
     "The recipes that settings choose. Raises `ValueError` for an unknown data set or field."
-    grid, folder = PRESETS[settings.preset].grid, Path(settings.data_dir)
+    grid = PRESETS[settings.preset].grid
     main = [r for r in grid if (r.dataset, r.model) == (grid[0].dataset, grid[0].model)]
     chosen = [] if settings.datasets else list(grid)
     for name in settings.datasets:
-        known = name in dataset_names or name.startswith("templates-")
-        if not (known or (folder / name).exists() or Path(name).exists()):
-            check_choice("datasets", name, (*dataset_names, f"folders of images in {folder}"))
         chosen += [r for r in grid if r.dataset == name] or [replace(r, dataset=name) for r in main]
-    return tuple(dict.fromkeys(override(r, settings.overrides) for r in chosen))
+    recipes = tuple(dict.fromkeys(override(r, settings.overrides) for r in chosen))
+    for name in dict.fromkeys(r.dataset for r in recipes): _check_dataset(settings, name)
+    return recipes
+
+def _check_dataset(settings, name):
+    "Raises `ValueError`, with the place in settings.ini where it is known, for what is no data set and no folder."
+    folder, path = Path(settings.data_dir).expanduser(), Path(name).expanduser()
+    asked = settings.overrides.get("dataset")
+    if name in dataset_names or name.startswith("templates-"): return
+    if name and ((folder / path).exists() or path.exists()): return
+    try: check_choice("datasets" if asked is None else "dataset", name,
+                      (*dataset_names, f"folders of images in {folder}"))
+    except ValueError as e: raise ValueError(f"{getattr(asked, 'place', '')}{e}") from None
 
 def image_base(
     settings: Settings,   # as for `image_grid`
