@@ -1,4 +1,4 @@
-"""Where training with weight decay has come to rest, the weights of every layer can be computed from its inputs and gradients. For the last layer of a collapsed network this is NC3.
+"""Where training with weight decay has come to rest, the weights of every layer can be computed from its inputs and gradients. For the last layer of a network that is collapsed to a simplex this is NC3.
 
 The features at convergence theorem (Boix-Adserà, Mallinar, Simon, Belkin 2025, 2507.05644): both sides of its equation for any network (`feature_equation`), the rival neural feature ansatz (`gradient_products`, `symmetric_power`), a recipe that trains until the equation holds (`ConvergedDigits`), and the study (`run_convergence`)."""
 
