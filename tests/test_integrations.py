@@ -176,6 +176,8 @@ def test_lightning_measures_what_the_sampler_draws_and_goes_on(sets):
     broken = LightningCollapse(layers="pool")
     trainer = lightning_run(sets, broken, lr=1e30, epochs=2)[0]
     assert trainer.current_epoch == 2 and broken.history.query("epoch == 2").value.isna().any() and broken.reasons
+    with pytest.raises(ValueError, match="another network, a Net, .* make a new one"):
+        lightning_run(sets, watcher, epochs=1)
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
@@ -210,6 +212,8 @@ def test_hugging_face(reporters, data, tmp_path):
     assert [e["epoch"] for e in logged] == [0, 1, 2] and [e["step"] for e in logged] == [0, 3, 6]
     if not reporters:
         for p, q in zip(trainer.model.parameters(), fit().model.parameters(), strict=True): assert torch.equal(p, q)
+    else:
+        with pytest.raises(ValueError, match="another network, a ViT.* make a new one"): fit(watcher)
 
 
 # -- torchmetrics ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 "Measuring a network in one pass over a split, and the recorder that does so while it is trained."
 import copy
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ import torch
 import torchvision
 from small_net import Batches, Net, Words, all_by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from nc_nbdev.geometry.generalization import test_collapse as direct_collapse
 from nc_nbdev.geometry.measures import measure_features
@@ -440,13 +442,46 @@ def test_a_training_that_goes_wrong_is_noted(data, layers):
     assert recorder.history.query("epoch == 2 and measure == 'nc1_trace'").value.isna().any() and 2 in recorder.reasons
 
 
+def test_a_recorder_that_would_measure_nothing_says_so(data):
+    recorder = CollapseRecorder("pool", epochs=[2])
+    with pytest.warns(UserWarning, match=r"epochs=\[2\]: this fit ends after epoch 1"):
+        learn = fit(learner(data, cbs=recorder), 1)
+    with warnings.catch_warnings(action="error", category=UserWarning): fit(learn, 1)
+    assert {*recorder.history.epoch} == {2}
+
+
+class Squeezing(Net):
+    "Loses the dimension of a batch of one sample."
+    def forward(self, x): return super().forward(x).squeeze(0)
+
+
+@pytest.mark.filterwarnings("ignore")     # those of tracing
+@pytest.mark.parametrize("call, message", [
+    (lambda net, dl: measure(net, dl, batch=lambda b: (*b, b[1])), r"batch= gave a tuple of Tensor .*the pair"),
+    (lambda net, dl: measure(net, dl, batch=lambda b: b[0]), r"batch= gave a Tensor \(100.*the pair"),
+    (lambda net, dl: measure(net, dl, "conv", pool=lambda a: a.numpy().mean((2, 3))), "pool gave ndarray, expected T"),
+    (lambda net, dl: measure(torch.jit.trace(net, next(iter(dl))[0]), dl), "a network of torch.jit"),
+    (lambda net, dl: measure(Squeezing(), [*dl, tuple(t[:1] for t in next(iter(dl)))]),
+     r"output of batch 3 is not \(B, K\).*squeezes"),
+], ids=["three", "one", "array", "jit", "squeeze"])
+def test_what_a_user_gives_that_does_not_fit_is_named(net, data, call, message):
+    with pytest.raises(ValueError, match=message): call(net, DataLoader(TensorDataset(data.x, data.y), 100))
+
+
+def test_a_report_of_a_dead_layer_is_drawn(data):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    with torch.no_grad(): net[1].bias.fill_(-1e3)
+    report = measure(net, *loaders(data), layers="3:input")
+    assert "nc1_trace" not in set(report.frame.measure) and "<svg" in report.to_html()
+
+
 def test_a_recorder_belongs_to_one_network(data):
     recorder = CollapseRecorder("pool")
     learn = fit(learner(data, cbs=recorder), 1)
     learn.model = nn.DataParallel(learn.model)
     assert set(fit(learn, 1).collapse_recorder.history.epoch) == {0, 1, 2}    # a wrapper is the same network
     rows = len(recorder.rows)
-    with pytest.raises(ValueError, match="another network, a Net, .* new CollapseRecorder"):
+    with pytest.raises(ValueError, match="another network, a Net, .* make a new one"):
         fit(learner(data, cbs=recorder), 1)
     assert len(recorder.rows) == rows
 

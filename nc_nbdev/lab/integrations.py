@@ -79,6 +79,7 @@ class Watcher:
         super().__init__()
         if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every!r}: expected a positive integer")
         self.every, self.train_loader, self.test_loaders, self.rows = every, train_dl, test_dl, []
+        self._network, self.done = None, 0
         self.reasons = {}   # epoch -> why something that was measured before could not be measured
         self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,
                             output=output, next_token=next_token, absent=absent)
@@ -90,6 +91,7 @@ class Watcher:
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
     plot, _add, _report = CollapseRecorder.plot, CollapseRecorder._add, CollapseRecorder._report
+    _one_network = CollapseRecorder._one_network
 
     def measure_epoch(self, model, epoch, train_dl, test_dl) -> dict[str, float]:
         "Measure and keep the rows; what goes to the framework's own logger."
@@ -136,6 +138,7 @@ def _lightning():
     class LightningCollapse(Watcher, package.Callback):
         "A Lightning callback that measures collapse every n epochs. Raises `ValueError` where no network is found."
         def on_train_start(self, trainer, pl_module):
+            self._one_network(_network(pl_module, package))
             if self.rows: return                                # a second fit goes on
             logged = self._now(trainer, pl_module, 0)
             for logger in trainer.loggers: logger.log_metrics(logged, step=trainer.global_step)
@@ -168,6 +171,7 @@ def _transformers():
         trainer = None      # set it, and the numbers also go to the trainer's reporters
 
         def on_train_begin(self, args, state, control, **now):
+            self._one_network(now["model"])
             if not self.rows: self._now(state, 0, **now)
 
         def on_epoch_end(self, args, state, control, **now):

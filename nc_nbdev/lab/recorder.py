@@ -77,20 +77,23 @@ def before_fit(self: CollapseRecorder):
     "Find the loaders and measure the untrained network; idle while fastai looks for a learning rate or predicts."
     self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
     if not self.run: return
-    self._one_network()
+    self._one_network(self.model)
     self._earlier, self._first = self.done, True   # a second fit goes on counting where the first ended
     train, tests = self.given                      # the learner's data may be others in every fit
     with undisturbed(): self.train_loader = clean_loader(self.dls.train) if train is None else train
     self.test_loaders = {"test": self.dls.valid} if tests is None else tests
+    due, last = self.epochs, self._earlier + self.n_epoch
+    if due is not None and not any(bool(self.rows) <= e - self._earlier <= self.n_epoch for e in due):
+        warnings.warn(f"epochs={sorted(due)}: this fit ends after epoch {last}, it measures nothing", stacklevel=2)
     if not self.rows: self._measure(0)
 
 @patch
-def _one_network(self: CollapseRecorder):
+def _one_network(self: CollapseRecorder, model):
     "Remember the network. Raises `ValueError` for another than the one watched so far."
-    network, before = unwrap(self.model), self._network
+    network, before = unwrap(model), self._network
     if (self.rows or self.done) and before is not None and network is not before:
-        raise ValueError(f"this recorder has watched another network, a {type(before).__name__}, than the "
-                         f"learner's {type(network).__name__}: make a new CollapseRecorder for each network")
+        raise ValueError(f"this {type(self).__name__} has watched another network, a {type(before).__name__}, than "
+                         f"this {type(network).__name__}: make a new one for each network")
     self._network = network
 
 @patch

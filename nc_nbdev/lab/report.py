@@ -149,7 +149,7 @@ def collect(
             predictions.append(out.argmax(-1)[taps.rows] if fits else None)
             known = f"{heads[-1]}:input" if heads else None
             same = [layer for layer in same if known in taps and _same(taps[layer], taps[known])]
-    labels, predictions = torch.cat(labels), None if predictions[0] is None else torch.cat(predictions)
+    labels, predictions = torch.cat(labels), _joined(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
     if classes is not None: nearest = {layer: classes[numbers] for layer, numbers in nearest.items()}
     found, order = (None, None) if seen is None else seen.classes.sort()
@@ -159,6 +159,13 @@ def collect(
         stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting="class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
                      tuple(heads), None if found is None or len(found) == num_classes else found, num_classes)
+def _joined(predictions):
+    "Those of all batches, None where the output is not (B, K) in any."
+    missing = [i for i, part in enumerate(predictions) if part is None]
+    if len(missing) == len(predictions): return None
+    if not missing: return torch.cat(predictions)
+    raise ValueError(f"the output of batch {missing[0]} is not (B, K), that of others is: expected it of all batches; "
+                     "a forward that squeezes loses the dimension of a batch of one sample")
 
 # %% ../../nbs/lab/25_report.ipynb #2caab80a
 def _compare(base, test, layer):
@@ -336,7 +343,7 @@ def plot(
     "Measures by layer, a line a split, train solid. Raises `ValueError` for a measure that the report does not have."
     table = self.frame.pivot(index="layer", columns=["measure", "split"], values="value").reindex(self.layers)
     there = table.columns.unique("measure")
-    names = names or [name for name in ("nc1_trace", "nc2_etf", "ncc_accuracy") if name in there]
+    names = names or _drawn(self)
     if wrong := {*names} - {*there}: raise ValueError(f"no {sorted(wrong)} in this report; there are {sorted(there)}")
     if axes is None: _, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), squeeze=False)
     for name, ax in zip(names, axes := np.ravel(axes), strict=True):
@@ -347,13 +354,18 @@ def plot(
         if name.endswith(("trace", "variance")): ax.set_yscale("log")
         ax.legend(fontsize=8)
     return axes
+def _drawn(report):
+    "What is drawn of a report unless told: of dead layers there is no NC1."
+    there = {*report.frame.measure}
+    return [name for name in ("nc1_trace", "nc2_etf", "ncc_accuracy", "accuracy") if name in there][:3]
 
 # %% ../../nbs/lab/25_report.ipynb #88268f07
 @patch
 def to_html(self: CollapseReport) -> str:
     "A page of its own: table, figure, meanings, all measures. Names of layers and splits are escaped."
     fig, image = Figure(figsize=(10, 3.2), layout="constrained"), io.StringIO()
-    self.plot(*(names := ["nc1_trace", "nc2_etf"]), axes=fig.subplots(1, len(names)))
+    names = _drawn(self)[:2]
+    self.plot(*names, axes=fig.subplots(1, len(names)))
     fig.savefig(image, format="svg")
     svg = image.getvalue()[image.getvalue().index("<svg"):]
     meanings = "".join(f"<li><b>{short}</b>, <code>{name}</code>: {escape(why)}</li>"

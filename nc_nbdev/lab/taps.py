@@ -31,6 +31,8 @@ def unwrap(
 ) -> nn.Module:        # the network as it was written
     "The network inside wrappers; it shares its weights with them. Raises `ValueError` for what is no network."
     if not isinstance(model, nn.Module): raise ValueError(f"model is {model!r}: expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a network of torch.jit has no layers that can be read: give the one it was made from")
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, parallel) else model._orig_mod
@@ -191,6 +193,7 @@ def pool_features(
     elif callable(pool): vectors = pool(t)
     elif pool == "flatten": vectors = t.flatten(1)
     else: vectors = t.mean(1) if t.ndim == 3 else t.flatten(2).mean(2)
+    if not isinstance(vectors, Tensor): raise ValueError(f"pool gave {type(vectors).__name__}, expected Tensor")
     expected = t.shape[:1] if rows is None else rows.shape
     if vectors.shape[:-1] != expected:
         why = "" if rows is None else f", one for each of the labels {tuple(rows.shape)}; {_argmax}"
@@ -285,7 +288,7 @@ def split_batch(
     "What the network takes, and the labels. Raises `ValueError` where these cannot be told apart."
     named = _named(batch)
     label = next((name for name in LABELS if name in named.keys() and named[name] is not None), None)
-    if read: x, y = read(batch)
+    if read: x, y = _pair(read(batch))
     elif label: x, y = {name: named[name] for name in named.keys() if name != label}, named[label]
     elif i := _label_place(batch, model): x, y = batch[0] if i == 1 else tuple(batch[:i]), batch[i]
     else: raise ValueError(f"a batch is {_describe(batch)}: expected (inputs, labels), or the labels under one of the "
@@ -297,6 +300,11 @@ def split_batch(
                      "give batch=, a function from the batch to (inputs, labels)")
 
 # %% ../../nbs/lab/20_taps.ipynb #a3a30460
+def _pair(found):
+    "What `batch=` gave, checked."
+    if isinstance(found, (tuple, list)) and len(found) == 2: return found
+    raise ValueError(f"batch= gave {_describe(found)}: expected the pair (inputs, labels)")
+
 def _takes(model, *inputs, **named):
     "Whether `forward` can be called with these."
     try: return bool(inspect.signature(model.forward).bind(*inputs, **named))
