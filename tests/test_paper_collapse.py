@@ -47,6 +47,23 @@ def backwards(history):
 def until(history, epoch): return history[history.epoch <= epoch]
 
 
+def fitted_at(history, condition, epoch):
+    "A condition whose train images are all right from an epoch on."
+    mine = (history.condition == condition) & (history.measure == "accuracy") & (history.split == "train")
+    return history.assign(value=history.value.where(~mine, (history.epoch >= epoch).astype(float)))
+
+
+def stopped(history, condition, epoch):
+    "A condition measured until an epoch."
+    return history[(history.condition != condition) | (history.epoch <= epoch)]
+
+
+def of_one(history, condition, seed, value, measure="accuracy", split="test"):
+    "One number of a condition and seed, at all epochs."
+    rows = {"condition": condition, "seed": seed, "measure": measure, "split": split}
+    return history.assign(value=history.value.mask((history[[*rows]] == pd.Series(rows)).all(axis=1), value))
+
+
 def renamed(history, **to):
     "Conditions renamed, a condition of that name dropped: random=weak puts random in the place of weak."
     old, new = next(iter(to.items()))
@@ -93,6 +110,12 @@ def test_random_labels_hold_where_they_should():
     ("4a", "undecided", lambda: labels_world()[lambda h: h.seed == 0]),
     ("4a", "undecided", lambda: labels_world(spread=3)),                                  # seeds that disagree
     ("4a", "undecided", lambda: labels_world(**{WEAK: dict(train=0.05)})),                # a control at the bar
+    ("4a", "not measured", lambda: of_one(labels_world(), RANDOM, 0, 0.98)),              # one seed has true labels
+    ("4a", "not measured", lambda: labels_world(**{TRUE: dict(test=0.1)})),               # test labels were shuffled
+    ("4a", "not measured", lambda: fitted_at(labels_world(), RANDOM, EPOCHS[-1])),        # memorised at the end
+    ("4a", "not measured", lambda: fitted_at(labels_world(), WEAK, EPOCHS[-1])),
+    ("4a", "not measured", lambda: stopped(labels_world(**{WEAK: dict(train=0.03)}), WEAK, EPOCHS[-4])),
+    ("4a", "not measured", lambda: labels_world().assign(seed=lambda h: h.seed + 7 * (h.condition == WEAK))),
     ("4b", "fails", lambda: renamed(labels_world(), **{TRUE: RANDOM})),                   # labels never redrawn
     ("4b", "control passes", lambda: labels_world(**{TRUE: dict(test=0.1)})),             # nothing can be learned
     ("4b", "undecided", lambda: labels_world(**{RANDOM: dict(test=0.147)})),              # a little of it is learned
@@ -167,6 +190,11 @@ SHUFFLED = (3, 6, 0, 5, 2, 4, 1)
     ("8a", "not measured", lambda: cascade_world().assign(value=lambda h: h.value.where(  # no matched control
         (h.condition == FULL) | (h.measure != "accuracy"), 0.6))),
     ("8a", "fails", lambda: backwards(cascade_world())),
+    ("8a", "control passes", lambda: cascade_world(START * 10 ** (-2 * DEEPER), START * 10 ** (2 - 4 * DEEPER))),
+    ("8a", "not measured", lambda: of_one(cascade_world(), SLIGHT, 0, np.nan, "nc1_trace", "train")),
+    ("8a", "not measured", lambda: of_one(cascade_world(), FULL, 0, np.nan, "nc1_trace", "train")),
+    ("8a", "not measured", lambda: fitted_at(cascade_world(), SLIGHT, EPOCHS[-1])),
+    ("8a", "not measured", lambda: stopped(cascade_world(), SLIGHT, EPOCHS[-4])),
     ("8b", "fails", lambda: cascade_world(START * 0.97)),
     ("8b", "control passes", lambda: cascade_world(slight=ENDS[FULL])),
     ("8b", "not measured", lambda: until(cascade_world(), 12)),                           # no time left to fall

@@ -71,6 +71,17 @@ def unfitted(history, condition):
     return history.assign(value=history.value.where(~rows, 0.6))
 
 
+def fitted_last(history, condition):
+    "A condition whose train images are all right at the last epoch alone."
+    rows = (history.condition == condition) & (history.measure == "accuracy") & (history.split == "train")
+    return history.assign(value=history.value.where(~rows, (history.epoch == EPOCHS[-1]).astype(float)))
+
+
+def stopped(history, condition, epoch):
+    "A condition measured until an epoch."
+    return history[(history.condition != condition) | (history.epoch <= epoch)]
+
+
 def one_seed(history): return history[history.seed == 0]
 
 
@@ -133,6 +144,8 @@ BETTER = {c: [a] * 8 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}   
     ("5a", "not measured", lambda: world(reached=40)),                               # one that starts too late
     ("5a", "not measured", lambda: world(reached=100)),
     ("5a", "not measured", lambda: unfitted(world(), "pairs, weak decay")),          # no matched control
+    ("5a", "not measured", lambda: fitted_last(world(), "pairs, weak decay")),
+    ("5a", "not measured", lambda: stopped(world(), "pairs, weak decay", 53)),
     ("5a", "undecided", lambda: one_seed(world())),
     ("5a", "undecided", lambda: world(weak=(.8, .94, .96, .97, .96, .95, .92, .92))),   # a control at the bar
     ("5a", "fails", lambda: world(falling=(.8, .99, .9, .86, .86, .86, .86, .86))),  # the fall was over before T0
@@ -150,6 +163,9 @@ BETTER = {c: [a] * 8 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}   
     ("6a", "undecided", lambda: one_seed(world())),
     ("6a", "undecided", lambda: world()[lambda h: h.seed < 3]),
     ("6a", "not measured", lambda: world(reached=200)),
+    ("6a", "not measured", lambda: world(nc1=NC1 | {"pairs, weak decay": np.inf})),
+    ("6a", "not measured", lambda: fitted_last(world(), "pairs, decay / 2")),
+    ("6a", "not measured", lambda: stopped(world(), "pairs, decay / 2", 53)),
     ("6a", "not measured", lambda: unfitted(world(), "pairs, decay / 5")),           # a decay that is no dose
 ])
 def test_a_broken_world_changes_the_verdict(claim, verdict, broken):
@@ -262,6 +278,8 @@ CHANCE = dict(stem=[.1] * 8, stage1=[.1] * 8, stage2=[.1] * 8)
     ("not measured", lambda: depths(reached=200)),
     ("not measured", lambda: depths(reached=40)),
     ("not measured", lambda: unfitted(depths(), "pairs, weak decay")),               # no matched control
+    ("not measured", lambda: fitted_last(depths(), "pairs, weak decay")),
+    ("not measured", lambda: stopped(depths(), "pairs, weak decay", 53)),
     ("undecided", lambda: one_seed(depths())),
     ("undecided", lambda: depths(weak=dict(EARLIER, pool=(.8, .94, .96, .97, .96, .95, .95, .95)))),  # at the bar
 ])

@@ -5,12 +5,15 @@ import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from nc_nbdev.lab.claims import Statement, load_claims, save_claims
+from nc_nbdev.lab.history import as_history
+from nc_nbdev.lab.runs import TrainingEnded
 from nc_nbdev.lab.settings import Settings
 from nc_nbdev.lab.studies import Measured, study
 from nc_nbdev.paper import train_vs_test
@@ -86,6 +89,12 @@ def late_control(history):
                                            (history.epoch.clip(3, 53) / 3.0) ** -1.0))
 
 
+def fitted_at(history, condition, epoch):
+    "A condition whose train images are all right from an epoch on."
+    mine = (history.condition == condition) & (history.measure == "accuracy") & (history.split == "train")
+    return history.assign(value=history.value.where(~mine, (history.epoch >= epoch).astype(float)))
+
+
 def test_a_world_in_which_everything_holds():
     assert verdicts(world()) == dict.fromkeys([s.id for s in CLAIMS], "holds")
 
@@ -118,6 +127,18 @@ BROKEN = {
     "test images at chance": (lambda: changed(world(), "pair", "test", 0.1), ["1a", "1b", "2a", "2b", "2c", "3a"]),
     "the control is never fitted": (lambda: changed(world(), "pair, weak decay", "train", 0.6), ["1a"]),
     "the control falls while the treatment does": (lambda: late_control(world()), ["1a"]),
+    "bounds of the untrained network and of T": (lambda: world(weak=(0.001, -2))[lambda h: (
+        h.measure != "weak_certified_variance") | h.epoch.isin([0, 100])], ["3a", "3b"]),
+    "the terminal phase is the last epoch": (
+        lambda: fitted_at(world(), NAMES[0], 100), ["1a", "1b", "2a", "2b", "3a", "3b"]),
+    "that of the control is": (lambda: fitted_at(world(), NAMES[1], 100), ["1a"]),
+    "train features spread at the last epoch, which is the terminal phase": (lambda: fitted_at(world().assign(
+        value=lambda h: h.value.where((h.measure != "train_variance") | (h.epoch < 100), 1.03 * h.value)),
+        NAMES[0], 100), ["3b"]),
+    "the control was stopped early": (
+        lambda: world()[lambda h: (h.condition != NAMES[1]) | (h.epoch < 50)], ["1a", "1b", "2a", "2b", "3a", "3b"]),
+    "the control has other seeds": (lambda: world().assign(seed=lambda h: h.seed + 7 * (h.condition == NAMES[1])),
+                                    ["1a", "1b", "2a", "2b", "3a", "3b"]),
     "one seed": (lambda: world(seeds=1), ["1a", "1b", "2a", "2b", "2c", "3a", "3b", "3c"]),
 }
 
@@ -126,6 +147,14 @@ BROKEN = {
 def test_a_broken_world_flips(broken, flipped):
     found = verdicts(broken())
     assert "holds" not in {found[c] for c in flipped}, found
+
+
+def test_two_classes_that_are_learned_are_enough():
+    "With two classes an accuracy of 0.95 is far from guessing."
+    numbers = _numbers(world(), "pair", 2)
+    assert {s.claim(*numbers[s.id]).verdict for s in CLAIMS} == {"holds"}
+    guessed = _numbers(changed(world(), NAMES[0], "test", 0.52), "pair", 2)
+    assert {s.claim(*guessed[s.id]).verdict for s in CLAIMS} == {"not measured"}
 
 
 def test_a_better_partition_than_k_means_cannot_save_weak_collapse():
@@ -153,6 +182,24 @@ def tiny_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_vs_test, "SEPARABLE", ImageRecipe(**TINY))
     return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.*not measured")
+def test_a_training_that_goes_wrong_is_not_measured(tiny_project):
+    with (tiny_project / "settings.ini").open("a") as file: file.write("lr = 1e30\n")
+    claims = train_vs_test.run_train_vs_test(progress=False).claims
+    assert {c.verdict for c in claims} == {"not measured"} and all("training went wrong" in c.note for c in claims)
+
+
+def test_one_that_goes_wrong_leaves_the_others(monkeypatch):
+    made = lambda name, value, **reasons: SimpleNamespace(folder=Path(name), reasons=reasons, history=as_history(
+        [dict(epoch=1, split="train", layer="pool", measure="train_variance", value=value)], name))
+    sound, ended, infinite = made("a", 1.), made("b", 1., ended=1), made("c", float("nan"))
+    monkeypatch.setattr(train_vs_test, "measure_runs", lambda jobs, *rest: [run.history for _, run, _ in jobs])
+    ask = lambda *runs: train_vs_test.asked([(c, (None, run, {})) for c, run in runs], Settings(), False)
+    assert ask(("full", sound), ("full", ended), ("full", infinite)).run.tolist() == ["a"]
+    for wrong in (ended, infinite):
+        with pytest.raises(TrainingEnded, match=f"weak, run {wrong.folder}"): ask(("full", sound), ("weak", wrong))
 
 
 def test_command_writes_the_report(tiny_project, capsys):

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
-from ..lab.history import curves, fall, final, late_slope, tpt_start
+from ..lab.history import curves, fall, final, late_slope, matched, tpt_start
 from ..lab.studies import Measured, histories, study
 from .train_vs_test import all_conditions, by_variant, falling, of_variant, weak_decay
 
@@ -63,19 +63,19 @@ def _numbers(history):
     names, full, weak = _layers(history), "full decay", "weak decay"
     start = tpt_start(history, condition=full)           # the window of both conditions
     fitted = start.notna() & tpt_start(history, condition=weak).notna()
-    reached = np.where(fitted, 1.0, np.nan)              # no terminal phase, or no control: nothing is claimed
+    reached = np.where(fitted, matched(history, full, weak), np.nan)     # else nothing is claimed
     earlier = lambda f, split, c, **more: np.mean(
         [f(history, "nc1_trace", split, n, c, start=start, **more) for n in names[:-1]], axis=0)
     depth = np.linspace(0, 1, len(names))[:-1]
     changes = lambda c: (_log_nc1(history, c) - _log_nc1(history, c, epoch=0))[:-1]
-    falls = lambda c: changes(c).mean(axis=0) < 0        # a trend of layers that do not fall is none
-    trend = lambda c: np.where(falls(c), np.polyfit(depth, changes(c), 1)[0], 0.0)
+    trend = lambda c: np.polyfit(depth, changes(c), 1)[0]
+    falls = np.where(changes(full).mean(axis=0) >= 0, 0.0, 1.0)          # a trend of layers that do not fall is none
     slopes = {s: earlier(late_slope, s, full) for s in ("train", "test", "rest", "seen")}
     line = _log_nc1(history, full, "nc1_pinv")           # (layers, seeds)
     straight = np.quantile(_off_line(_random_decrements(len(names))), 0.05)
     orders = [np.random.default_rng(i).permutation(len(names)) for i in range(100)]
     shuffled = np.exp(np.mean([np.log(_off_line(line[o])) for o in orders], axis=0))
-    found = {"8a": (trend(full), trend(weak)),
+    found = {"8a": (trend(full) * falls, trend(weak)),
              "8b": tuple(earlier(fall, "train", c, log=True) for c in (full, weak)),
              "8c": (slopes["test"] / falling(slopes["train"]), slopes["seen"] / falling(slopes["rest"])),
              "8d": (_off_line(line) / straight, shuffled / straight)}

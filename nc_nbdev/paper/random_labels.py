@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure
-from ..lab.history import curves, final, tpt_start
+from ..lab.history import curves, final, matched, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import all_conditions, by_variant, of_variant, weak_decay
+from .train_vs_test import all_conditions, by_variant, of_variant, skill, weak_decay
 from ..vision.recipes import image_base
 
 # %% ../../nbs/paper/10_random_labels.ipynb #4e3583d9
@@ -43,13 +43,14 @@ def _numbers(history, num_classes):
     true, random, weak = "true labels", "random labels", "random labels, weak decay"
     end = lambda m, split, c, log=True: final(curves(history, m, split, condition=c), log=log)
     unreached = [tpt_start(history, condition=c).isna() for c in (random, weak)]
-    reached = np.where(np.any(unreached, axis=0), np.nan, 1.0)      # not memorised: nothing is claimed
-    guesses, taught = (num_classes * end("accuracy", "test", c, log=False) for c in (random, true))
-    random_at_all = 1.0 if guesses.mean() <= 1.5 else np.nan        # else the labels were not random
+    reached = np.where(np.any(unreached, axis=0), np.nan, matched(history, random, weak))   # else nothing is claimed
+    guessed, taught = (end("accuracy", "test", c, log=False) for c in (random, true))
+    there = (skill(guessed, num_classes) <= 0.1) & (skill(taught, num_classes) >= 0.1)
+    random_at_all = np.where(there, 1.0, np.nan)                    # else labels were not random, or test labels were
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
     found = {"4a": (random_at_all * train[random], train[weak]),
-             "4b": (guesses, taught),
+             "4b": (num_classes * guessed, num_classes * taught),
              "4c": (train[weak] / train[random], strong[weak] / strong[random])}
     return {k: (values * reached, control) for k, (values, control) in found.items()}
 

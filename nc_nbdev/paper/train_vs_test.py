@@ -6,7 +6,7 @@ Study 1: train collapse happens, weak and strong test collapse do not (Hui, Belk
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SEPARABLE', 'LAST', 'recipe_name', 'recipe_variant', 'variants', 'in_variant', 'all_conditions',
-           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'run_train_vs_test']
+           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'skill', 'run_train_vs_test']
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #dd9d4a27
 from dataclasses import replace
@@ -18,8 +18,8 @@ from ..geometry.generalization import weak_lower_bound
 from ..geometry.statistics import ClassStatistics
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
-from ..lab.history import as_history, curves, final, late_slope, tpt_start, value_at
-from ..lab.runs import one_thread, snapshot_epochs
+from ..lab.history import as_history, curves, final, late_slope, matched, tpt_start, value_at
+from ..lab.runs import TrainingEnded, one_thread, snapshot_epochs
 from ..lab.settings import pick_device
 from ..lab.studies import Measured, condition_runs, recorded, study
 from ..vision.recipes import PRESETS, ImageRecipe, image_grid
@@ -151,10 +151,18 @@ def asked(
     settings,            # its device
     progress: bool,      # show a bar
 ) -> pd.DataFrame:       # tidy
-    "What was measured after training."
-    names, jobs = zip(*jobs, strict=True)
+    "What was measured after training; nothing of a training that went wrong. Raises `TrainingEnded` without another."
+    jobs = list(jobs)
+    sound = [(c, job) for c, job in jobs if not _went_wrong(job[1])]
+    for c, (_, run, *_) in jobs:
+        if c not in dict(sound): raise TrainingEnded(f"{c}, run {run.folder.name}: training went wrong; {run.reasons}")
+    names, jobs = zip(*sound, strict=True)
     tables = measure_runs(jobs, pick_device(settings.device), progress)
     return pd.concat([t.assign(condition=c) for c, t in zip(names, tables, strict=True)], ignore_index=True)
+
+def _went_wrong(run):
+    "Whether a training ended early, or at features that are not finite."
+    return "ended" in run.reasons or not np.isfinite(final(curves(run.history, "train_variance", "train"), 1)).all()
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #a0b56db9
 def _late_fall(history, condition, first, last):
@@ -162,6 +170,7 @@ def _late_fall(history, condition, first, last):
     table = lambda m, split: curves(history, m, split, condition=condition)
     train, start = table("train_variance", "train"), tpt_start(history, condition=condition)
     half = np.sqrt(start * train.index[-1])
+    half = half.where(half < train.index[-LAST:].min())          # nothing left to fall over
     rise = lambda first, last: np.log(final(last, LAST, log=True) / value_at(first, half))
     return rise(table(first, "test"), table(last, "test")) / falling(rise(train, train))
 
@@ -172,11 +181,20 @@ def falling(
     return np.where(changes < 0, changes, np.nan)
 
 def _possible(history, condition):
-    "1 where no certified bound is above what K-means found, else NaN: such a bound is wrong."
+    "1 where the certified bounds are of T, in the terminal phase, and none is above what K-means found; else NaN."
     below, above = (curves(history, f"weak_{m}_variance", "test", condition=condition) for m in ("certified", "test"))
-    return np.where((below <= 1.000001 * above.reindex(below.index)).all(), 1.0, np.nan)
+    late = tpt_start(history, condition=condition) <= below.index[-LAST:].min()
+    sound = (below <= 1.000001 * above.reindex(below.index)).all()       # a bound that is not is wrong
+    return np.where(late & sound & (below.index[-1] == above.index[-1]), 1.0, np.nan)
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #7d4b1ecc
+def skill(
+    accuracy: np.ndarray,   # (seeds,)
+    num_classes: int,       # K
+) -> np.ndarray:            # (seeds,)
+    "How far an accuracy is from guessing, 0, to no errors, 1."
+    return (accuracy * num_classes - 1) / (num_classes - 1)
+
 def _numbers(history, name, num_classes):
     "Values and control values of every claim for one pair of the grid; NaN where there is nothing to claim."
     decay, apart = f"{name}, weak decay", "separable classes"
@@ -185,8 +203,8 @@ def _numbers(history, name, num_classes):
     slope = lambda m, split, c=name, window=None: late_slope(history, m, split, condition=c, start=starts[window or c])
     ratio = lambda m, c: slope(m, "test", c) / falling(slope("train_variance", "train", c))
     grown = lambda m: (end(m, "test") / end("train_variance", "train"), end(m, "seen") / end("train_variance", "rest"))
-    learned = final(curves(history, "accuracy", "test", condition=name)) * num_classes >= 2
-    reached = np.where(starts[name].notna() & learned, 1.0, np.nan)              # else nothing is claimed
+    learned = skill(final(curves(history, "accuracy", "test", condition=name)), num_classes) >= 0.1
+    reached = np.where(starts[name].notna() & learned, 1.0, np.nan) * matched(history, name, decay)
     fitted = np.where(starts[decay].notna(), 1.0, np.nan)
     found = {"1a": (slope("train_variance", "train"), fitted * slope("train_variance", "train", decay, name)),
              "1b": (end("train_variance", "train"), end("train_variance", "train", decay)),

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import rankdata
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
-from ..lab.history import as_history, curves, fall, final, tpt_start
+from ..lab.history import as_history, curves, fall, final, matched, tpt_start
 from ..lab.probes import linear_probe, reconstructed_probe
 from ..lab.runs import snapshot_epochs
 from ..lab.studies import Measured, condition_runs, recorded, study
@@ -147,8 +147,9 @@ def _jobs(runs, history):
 
 # %% ../../nbs/paper/20_training_longer.ipynb #e8374594
 def _rank_correlations(x, y):
-    "Spearman's rank correlation over the rows of (n, seeds): a number a column."
-    x, y = (rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (np.asarray(x), np.asarray(y)))
+    "Spearman's rank correlation over the rows of (n, seeds): a number a column, NaN where one of them is not finite."
+    x, y = (np.where(np.isfinite(v), np.round(v, 12), np.nan) for v in (np.asarray(x), np.asarray(y)))  # ties stay ties
+    x, y = (rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (x, y))
     scale = np.sqrt((x ** 2).sum(axis=0) * (y ** 2).sum(axis=0))
     return np.divide((x * y).sum(axis=0), scale, out=np.zeros_like(scale), where=scale != 0)
 
@@ -158,10 +159,11 @@ _MATCHED = {"5a": ("pairs", PROBE), "5c": ("binary", PROBE), "5e": ("animals_veh
 
 def _fall(history, condition, measure):
     "The fall from T0 to T, and that at weak decay over the same epochs, where both networks fit their train set."
-    fitted = tpt_start(history, condition=f"{condition}, weak decay").notna()
+    weak = f"{condition}, weak decay"
+    fitted = tpt_start(history, condition=weak).notna() & (matched(history, condition, weak) == 1)
     start = first_snapshots(history, condition, curves(history, measure, "test", condition=condition).index)
     return tuple(fall(history, measure, "test", condition=c, start=start.where(fitted), last=LAST)
-                 for c in (condition, f"{condition}, weak decay"))
+                 for c in (condition, weak))
 
 def _numbers(history):
     "Values and control values of every claim of which there are runs."
@@ -170,7 +172,8 @@ def _numbers(history):
     found = {id: _fall(history, c, measure) for id, (c, measure) in _MATCHED.items() if c in there}
     found["5y"] = at_end("reconstructed", "pairs") * reached, at_end("reconstructed_shuffled", "pairs")
     if not {*_DECAYS} <= there: return found
-    fitted = np.where(np.all([tpt_start(history, condition=c).notna() for c in _DECAYS], axis=0), 1.0, np.nan)
+    fitted = np.all([tpt_start(history, condition=c).notna() for c in _DECAYS], axis=0)
+    fitted = np.where(fitted, matched(history, *_DECAYS), np.nan)
     nc1 = [final(curves(history, "nc1_trace", "train", condition=c), log=True) for c in _DECAYS]
     over_decays = lambda measure, last: _rank_correlations(nc1, [at_end(measure, c, last) for c in _DECAYS])
     return found | {"6a": (over_decays(PROBE, LAST) * fitted, over_decays("accuracy", 3))}

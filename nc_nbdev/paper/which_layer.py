@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..lab.claims import Statement
-from ..lab.history import curves, final, tpt_start, value_at
+from ..lab.history import curves, final, matched, tpt_start, value_at
 from ..lab.studies import Measured, condition_runs, recorded, study
 from ..lab.taps import tap_layers
 from nc_nbdev.paper.train_vs_test import (
@@ -46,7 +46,8 @@ def _by_depth(history, condition, task):
     "The fine probe at T0 of `task` and at T, each (layers, seeds)."
     tables = [curves(history, PROBE, layer=n, condition=condition) for n in _layers(history)]
     start = first_snapshots(history, task, tables[0].index)
-    fitted = tpt_start(history, condition=f"{task}, weak decay").notna()
+    weak = f"{task}, weak decay"
+    fitted = tpt_start(history, condition=weak).notna() & (matched(history, task, weak) == 1)
     start = start.where(fitted & (start < tables[0].index[-LAST]))   # else no control, or nothing to gain
     return np.stack([value_at(t, start) for t in tables]), np.stack([final(t, LAST) for t in tables])
 
