@@ -159,6 +159,8 @@ def collect(
         stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting="class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
                      tuple(heads), None if found is None or len(found) == num_classes else found, num_classes)
+
+# %% ../../nbs/lab/25_report.ipynb #5c1d7e05
 def _joined(predictions):
     "Those of all batches, None where the output is not (B, K) in any."
     missing = [i for i, part in enumerate(predictions) if part is None]
