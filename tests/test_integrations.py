@@ -114,7 +114,7 @@ def same(history, report, epoch):
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
 
-def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01):
+def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None):
     import lightning as L
 
     class Module(L.LightningModule):
@@ -127,7 +127,7 @@ def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01):
         def validation_step(self, batch, i): pass
         def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr)
 
-    module, logger = Module(), Kept()
+    module, logger = module or Module(), Kept()
     trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], logger=logger.made(), enable_checkpointing=False,
                         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     torch.manual_seed(1)
@@ -178,6 +178,9 @@ def test_lightning_measures_what_the_sampler_draws_and_goes_on(sets):
     assert trainer.current_epoch == 2 and broken.history.query("epoch == 2").value.isna().any() and broken.reasons
     with pytest.raises(ValueError, match="another network, a Net, .* make a new one"):
         lightning_run(sets, watcher, epochs=1)
+    lightning_run(sets, watcher, module=module, epochs=2)           # another trainer counts from 0, the history goes on
+    assert sorted(watcher.history.epoch.unique()) == [0, 2, 4] and not watcher.history.duplicated(
+        ["epoch", "split", "layer", "measure"]).any()
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
@@ -214,6 +217,8 @@ def test_hugging_face(reporters, data, tmp_path):
         for p, q in zip(trainer.model.parameters(), fit().model.parameters(), strict=True): assert torch.equal(p, q)
     else:
         with pytest.raises(ValueError, match="another network, a ViT.* make a new one"): fit(watcher)
+        trainer.train()
+        assert sorted(watcher.history.epoch.unique()) == [0, 1, 2, 3, 4]
 
 
 # -- torchmetrics ------------------------------------------------------------------------------------------------------

@@ -224,6 +224,10 @@ def test_the_rank_correlation_is_spearman_s_and_a_constant_has_none():
     found = longer._rank_correlations(x, y)
     assert found[0] == 0 and np.allclose(found[1:], [spearmanr(x[:, i], y[:, i]).statistic for i in range(1, 5)])
     assert np.isnan(longer._rank_correlations(x, y * np.nan)).all()
+    assert np.isnan(longer._rank_correlations(np.where(np.arange(4)[:, None] == 0, np.inf, x), y)).all()
+    ties = np.array([[0.1 + 0.2, 0.3, 0.5, 0.6]]).T                # equal but for rounding
+    x = np.arange(4.)[:, None]
+    assert longer._rank_correlations(x, ties) == longer._rank_correlations(x, ties.round(3)) < 1
 
 
 def test_shuffling_within_groups():

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -442,12 +443,17 @@ def test_a_training_that_goes_wrong_is_noted(data, layers):
     assert recorder.history.query("epoch == 2 and measure == 'nc1_trace'").value.isna().any() and 2 in recorder.reasons
 
 
-def test_a_recorder_that_would_measure_nothing_says_so(data):
+def test_a_recorder_that_measures_nothing_says_so(data):
     recorder = CollapseRecorder("pool", epochs=[2])
-    with pytest.warns(UserWarning, match=r"epochs=\[2\]: this fit ends after epoch 1"):
+    with pytest.warns(UserWarning, match=r"epochs=\[2\]: this fit runs epochs 1 to 1 and measures none; give"):
         learn = fit(learner(data, cbs=recorder), 1)
-    with warnings.catch_warnings(action="error", category=UserWarning): fit(learn, 1)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        fit(learn, 1)
+        fit(learner(data, cbs=CollapseRecorder("pool", epochs=[0])), 1)
     assert {*recorder.history.epoch} == {2}
+    resumed = learner(data, cbs=CollapseRecorder("pool", epochs=[2]))
+    with resumed.no_logging(), resumed.no_bar(), pytest.warns(UserWarning, match="this fit runs epochs 4 to 5"):
+        resumed.fit(5, start_epoch=3)
 
 
 class Squeezing(Net):
@@ -473,6 +479,11 @@ def test_a_report_of_a_dead_layer_is_drawn(data):
     with torch.no_grad(): net[1].bias.fill_(-1e3)
     report = measure(net, *loaders(data), layers="3:input")
     assert "nc1_trace" not in set(report.frame.measure) and "<svg" in report.to_html()
+    drawn, = report.plot()
+    assert drawn.get_ylabel() == "ncc_accuracy" and all(np.isfinite(line.get_ydata()).all() for line in drawn.lines)
+    without = measure(net, loaders(data)[0], layers="3:input", keep="none")
+    assert "ncc_accuracy" not in set(without.frame.measure) and "All measures" in without.to_html()
+    with pytest.raises(ValueError, match="no measure of a layer to draw"): without.plot()
 
 
 def test_a_recorder_belongs_to_one_network(data):

@@ -59,10 +59,13 @@ def tpt_start(
 def matched(
     history: pd.DataFrame,   # tidy
     *conditions: str,        # a treatment, and its controls
-) -> np.ndarray:             # (seeds,) of the treatment: 1, or NaN
-    "1 for the seeds with which all conditions were measured, to the same epoch: others cannot be compared."
+) -> np.ndarray:             # (seeds,): 1, or NaN
+    "1 for seeds with which all conditions were measured to the same epoch. Raises `ValueError` for other seeds."
     ends = [history[history.condition == c].groupby("seed").epoch.max() for c in conditions]
-    return np.where(np.all([end.reindex(ends[0].index) == ends[0] for end in ends], axis=0), 1.0, np.nan)
+    seeds = {c: [*end.index] for c, end in zip(conditions, ends, strict=True)}
+    if any(s != seeds[conditions[0]] for s in seeds.values()):
+        raise ValueError(f"the seeds of conditions that are compared differ, {seeds}: measure each with the same seeds")
+    return np.where(np.all([end == ends[0] for end in ends], axis=0), 1.0, np.nan)
 
 # %% ../../nbs/lab/10_history.ipynb #a46ca985
 def value_at(

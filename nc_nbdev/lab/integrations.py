@@ -93,6 +93,11 @@ class Watcher:
     plot, _add, _report = CollapseRecorder.plot, CollapseRecorder._add, CollapseRecorder._report
     _one_network = CollapseRecorder._one_network
 
+    def start(self, network, epoch):
+        "Before a training: go on counting after the last one, unless the framework does, whose count is `epoch`."
+        self._one_network(network)
+        self.done = 0 if epoch else max((row["epoch"] for row in self.rows), default=0)
+
     def measure_epoch(self, model, epoch, train_dl, test_dl) -> dict[str, float]:
         "Measure and keep the rows; what goes to the framework's own logger."
         train = in_order(train_dl) if self.train_loader is None else self.train_loader
@@ -138,7 +143,7 @@ def _lightning():
     class LightningCollapse(Watcher, package.Callback):
         "A Lightning callback that measures collapse every n epochs. Raises `ValueError` where no network is found."
         def on_train_start(self, trainer, pl_module):
-            self._one_network(_network(pl_module, package))
+            self.start(_network(pl_module, package), trainer.current_epoch)
             if self.rows: return                                # a second fit goes on
             logged = self._now(trainer, pl_module, 0)
             for logger in trainer.loggers: logger.log_metrics(logged, step=trainer.global_step)
@@ -146,7 +151,7 @@ def _lightning():
         def on_train_epoch_end(self, trainer, pl_module):
             epoch = trainer.current_epoch + 1
             if epoch % self.every and epoch != trainer.max_epochs: return
-            pl_module.log_dict(self._now(trainer, pl_module, epoch), rank_zero_only=True)
+            pl_module.log_dict(self._now(trainer, pl_module, self.done + epoch), rank_zero_only=True)
 
         def _now(self, trainer, pl_module, epoch):
             if not trainer.is_global_zero: return {}            # the network has the same weights in every process
@@ -171,12 +176,12 @@ def _transformers():
         trainer = None      # set it, and the numbers also go to the trainer's reporters
 
         def on_train_begin(self, args, state, control, **now):
-            self._one_network(now["model"])
+            self.start(now["model"], round(state.epoch or 0))
             if not self.rows: self._now(state, 0, **now)
 
         def on_epoch_end(self, args, state, control, **now):
             epoch = round(state.epoch)
-            if epoch % self.every == 0 or epoch == args.num_train_epochs: self._now(state, epoch, **now)
+            if epoch % self.every == 0 or epoch == args.num_train_epochs: self._now(state, self.done + epoch, **now)
 
         def _now(self, state, epoch, model, train_dataloader, eval_dataloader, **rest):
             if not state.is_world_process_zero: return

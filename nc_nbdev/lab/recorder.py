@@ -82,9 +82,6 @@ def before_fit(self: CollapseRecorder):
     train, tests = self.given                      # the learner's data may be others in every fit
     with undisturbed(): self.train_loader = clean_loader(self.dls.train) if train is None else train
     self.test_loaders = {"test": self.dls.valid} if tests is None else tests
-    due, last = self.epochs, self._earlier + self.n_epoch
-    if due is not None and not any(bool(self.rows) <= e - self._earlier <= self.n_epoch for e in due):
-        warnings.warn(f"epochs={sorted(due)}: this fit ends after epoch {last}, it measures nothing", stacklevel=2)
     if not self.rows: self._measure(0)
 
 @patch
@@ -100,8 +97,16 @@ def _one_network(self: CollapseRecorder, model):
 def after_train(self: CollapseRecorder):
     "Measure, if due, when an epoch's batches are done and before fastai validates."
     if self._first and self.epoch > 0: self._earlier = 0   # resumed by `start_epoch`, which counts from the first fit
+    if self._first: self._check_epochs(self._earlier + self.epoch + 1, self._earlier + self.n_epoch)
     self._first, self.done = False, self._earlier + self.epoch + 1
     self._measure(self.done)
+
+@patch
+def _check_epochs(self: CollapseRecorder, first, last):
+    "Warn where a fit of these epochs leaves the history empty."
+    if self.rows or self.epochs is None or any(first <= e <= last for e in self.epochs): return
+    warnings.warn(f"epochs={sorted(self.epochs)}: this fit runs epochs {first} to {last} and measures none; "
+                  "give epochs in that range", stacklevel=2)
 
 # %% ../../nbs/lab/30_recorder.ipynb #19bd61af
 @patch

@@ -339,13 +339,14 @@ def _repr_html_(self: CollapseReport) -> str:
 @patch
 def plot(
     self: CollapseReport,
-    *names: str,   # measures in `frame`, default NC1, NC2 and the accuracy of the nearest class mean
+    *names: str,   # measures in `frame`, default NC1, NC2 and the accuracy of the nearest class mean, those there are
     axes: Sequence[plt.Axes] | None = None,   # where to draw, one for each measure, default a new row
 ) -> Sequence[plt.Axes]:
     "Measures by layer, a line a split, train solid. Raises `ValueError` for a measure that the report does not have."
     table = self.frame.pivot(index="layer", columns=["measure", "split"], values="value").reindex(self.layers)
     there = table.columns.unique("measure")
     names = names or _drawn(self)
+    if not names: raise ValueError(f"no measure of a layer to draw in this report; there are {sorted(there)}")
     if wrong := {*names} - {*there}: raise ValueError(f"no {sorted(wrong)} in this report; there are {sorted(there)}")
     if axes is None: _, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), squeeze=False)
     for name, ax in zip(names, axes := np.ravel(axes), strict=True):
@@ -358,8 +359,7 @@ def plot(
     return axes
 def _drawn(report):
     "What is drawn of a report unless told: of dead layers there is no NC1."
-    there = {*report.frame.measure}
-    return [name for name in ("nc1_trace", "nc2_etf", "ncc_accuracy", "accuracy") if name in there][:3]
+    return [name for name in ("nc1_trace", "nc2_etf", "ncc_accuracy") if (report.frame.measure == name).any()]
 
 # %% ../../nbs/lab/25_report.ipynb #88268f07
 @patch
@@ -367,7 +367,7 @@ def to_html(self: CollapseReport) -> str:
     "A page of its own: table, figure, meanings, all measures. Names of layers and splits are escaped."
     fig, image = Figure(figsize=(10, 3.2), layout="constrained"), io.StringIO()
     names = _drawn(self)[:2]
-    self.plot(*names, axes=fig.subplots(1, len(names)))
+    if names: self.plot(*names, axes=fig.subplots(1, len(names)))
     fig.savefig(image, format="svg")
     svg = image.getvalue()[image.getvalue().index("<svg"):]
     meanings = "".join(f"<li><b>{short}</b>, <code>{name}</code>: {escape(why)}</li>"

@@ -193,7 +193,7 @@ def pool_features(
     elif callable(pool): vectors = pool(t)
     elif pool == "flatten": vectors = t.flatten(1)
     else: vectors = t.mean(1) if t.ndim == 3 else t.flatten(2).mean(2)
-    if not isinstance(vectors, Tensor): raise ValueError(f"pool gave {type(vectors).__name__}, expected Tensor")
+    if not isinstance(vectors, Tensor): raise ValueError(f"pool gave {type(vectors).__name__}, expected Tensor (B, D)")
     expected = t.shape[:1] if rows is None else rows.shape
     if vectors.shape[:-1] != expected:
         why = "" if rows is None else f", one for each of the labels {tuple(rows.shape)}; {_argmax}"

@@ -16,7 +16,7 @@ from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure
 from ..lab.history import curves, final, matched, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import all_conditions, by_variant, of_variant, skill, weak_decay
+from .train_vs_test import above_guessing, all_conditions, by_variant, of_variant, weak_decay
 from ..vision.recipes import image_base
 
 # %% ../../nbs/paper/10_random_labels.ipynb #4e3583d9
@@ -43,13 +43,12 @@ def _numbers(history, num_classes):
     true, random, weak = "true labels", "random labels", "random labels, weak decay"
     end = lambda m, split, c, log=True: final(curves(history, m, split, condition=c), log=log)
     unreached = [tpt_start(history, condition=c).isna() for c in (random, weak)]
-    reached = np.where(np.any(unreached, axis=0), np.nan, matched(history, random, weak))   # else nothing is claimed
+    reached = np.where(np.any(unreached, axis=0), np.nan, matched(history, random, weak, true))   # else no claim
     guessed, taught = (end("accuracy", "test", c, log=False) for c in (random, true))
-    there = (skill(guessed, num_classes) <= 0.1) & (skill(taught, num_classes) >= 0.1)
-    random_at_all = np.where(there, 1.0, np.nan)                    # else labels were not random, or test labels were
+    random_at_all = (above_guessing(guessed, num_classes) <= 1) & (above_guessing(taught, num_classes) >= 1)
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
-    found = {"4a": (random_at_all * train[random], train[weak]),
+    found = {"4a": (np.where(random_at_all, train[random], np.nan), train[weak]),
              "4b": (num_classes * guessed, num_classes * taught),
              "4c": (train[weak] / train[random], strong[weak] / strong[random])}
     return {k: (values * reached, control) for k, (values, control) in found.items()}

@@ -6,7 +6,7 @@ Study 1: train collapse happens, weak and strong test collapse do not (Hui, Belk
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SEPARABLE', 'LAST', 'recipe_name', 'recipe_variant', 'variants', 'in_variant', 'all_conditions',
-           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'skill', 'run_train_vs_test']
+           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'above_guessing', 'run_train_vs_test']
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #dd9d4a27
 from dataclasses import replace
@@ -19,7 +19,7 @@ from ..geometry.statistics import ClassStatistics
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import as_history, curves, final, late_slope, matched, tpt_start, value_at
-from ..lab.runs import TrainingEnded, one_thread, snapshot_epochs
+from ..lab.runs import TrainingEnded, one_thread, snapshot_epochs, trouble
 from ..lab.settings import pick_device
 from ..lab.studies import Measured, condition_runs, recorded, study
 from ..vision.recipes import PRESETS, ImageRecipe, image_grid
@@ -154,8 +154,9 @@ def asked(
     "What was measured after training; nothing of a training that went wrong. Raises `TrainingEnded` without another."
     jobs = list(jobs)
     sound = [(c, job) for c, job in jobs if not _went_wrong(job[1])]
+    there = {c for c, _ in sound}
     for c, (_, run, *_) in jobs:
-        if c not in dict(sound): raise TrainingEnded(f"{c}, run {run.folder.name}: training went wrong; {run.reasons}")
+        if c not in there: raise TrainingEnded(f"{c}, {trouble(run)}")
     names, jobs = zip(*sound, strict=True)
     tables = measure_runs(jobs, pick_device(settings.device), progress)
     return pd.concat([t.assign(condition=c) for c, t in zip(names, tables, strict=True)], ignore_index=True)
@@ -170,7 +171,7 @@ def _late_fall(history, condition, first, last):
     table = lambda m, split: curves(history, m, split, condition=condition)
     train, start = table("train_variance", "train"), tpt_start(history, condition=condition)
     half = np.sqrt(start * train.index[-1])
-    half = half.where(half < train.index[-LAST:].min())          # nothing left to fall over
+    half = half.where(half <= train.index[:-LAST].max())          # else nothing is left to fall over
     rise = lambda first, last: np.log(final(last, LAST, log=True) / value_at(first, half))
     return rise(table(first, "test"), table(last, "test")) / falling(rise(train, train))
 
@@ -188,12 +189,12 @@ def _possible(history, condition):
     return np.where(late & sound & (below.index[-1] == above.index[-1]), 1.0, np.nan)
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #7d4b1ecc
-def skill(
+def above_guessing(
     accuracy: np.ndarray,   # (seeds,)
     num_classes: int,       # K
-) -> np.ndarray:            # (seeds,)
-    "How far an accuracy is from guessing, 0, to no errors, 1."
-    return (accuracy * num_classes - 1) / (num_classes - 1)
+) -> np.ndarray:            # (seeds,): from 1 on something was learned
+    "Accuracy above guessing, over a tenth of the way to no errors or, if that is less, over that of guessing."
+    return (num_classes * accuracy - 1) / min(0.1 * (num_classes - 1), 1)
 
 def _numbers(history, name, num_classes):
     "Values and control values of every claim for one pair of the grid; NaN where there is nothing to claim."
@@ -203,11 +204,11 @@ def _numbers(history, name, num_classes):
     slope = lambda m, split, c=name, window=None: late_slope(history, m, split, condition=c, start=starts[window or c])
     ratio = lambda m, c: slope(m, "test", c) / falling(slope("train_variance", "train", c))
     grown = lambda m: (end(m, "test") / end("train_variance", "train"), end(m, "seen") / end("train_variance", "rest"))
-    learned = skill(final(curves(history, "accuracy", "test", condition=name)), num_classes) >= 0.1
-    reached = np.where(starts[name].notna() & learned, 1.0, np.nan) * matched(history, name, decay)
-    fitted = np.where(starts[decay].notna(), 1.0, np.nan)
+    learned = above_guessing(final(curves(history, "accuracy", "test", condition=name)), num_classes) >= 1
+    reached = np.where(starts[name].notna() & learned, 1.0, np.nan)              # else nothing is claimed
+    fitted = np.where(starts[decay].notna(), matched(history, name, decay), np.nan)
     found = {"1a": (slope("train_variance", "train"), fitted * slope("train_variance", "train", decay, name)),
-             "1b": (end("train_variance", "train"), end("train_variance", "train", decay)),
+             "1b": (end("train_variance", "train"), fitted * end("train_variance", "train", decay)),
              "2c": grown("strong_test_variance"), "3c": grown("weak_test_variance")}
     strong, above, below = "strong_test_variance", "weak_test_variance", "weak_certified_variance"
     harder = lambda m: np.maximum(end(m, "test", apart), end(m, "seen"))          # of two controls

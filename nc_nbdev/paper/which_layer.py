@@ -24,7 +24,7 @@ from nc_nbdev.paper.train_vs_test import (
     of_variant,
     variants,
 )
-from .training_longer import PROBE, coarse_tasks, first_snapshots, window_epochs
+from .training_longer import MISSING, PROBE, coarse_tasks, first_snapshots, window_epochs
 from ..vision.transfer import measure_transfer
 
 # %% ../../nbs/paper/30_which_layer.ipynb #a0879b58
@@ -98,6 +98,6 @@ def run_which_layer(
     history = pd.concat([history, asked(jobs, settings, progress)], ignore_index=True)
     measured = by_variant(settings, lambda v: _numbers(of_variant(history, v)))
     notes = {id: "not trained at this scale" for id in _TASKS if id not in measured["values"]}
-    notes |= {id: "no snapshot in the terminal phase before T" for id, (v, _) in measured["values"].items()
+    notes |= {id: MISSING for id, (v, _) in measured["values"].items()
               if np.isnan(v).any()}
     return Measured(**measured, history=history, figures={"which_layer": _figure(of_variant(history, ""))}, notes=notes)
