@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -93,17 +94,20 @@ class Watcher:
     plot, _add, _report = CollapseRecorder.plot, CollapseRecorder._add, CollapseRecorder._report
     _one_network = CollapseRecorder._one_network
 
-    def start(self, network, epoch):
-        "Before a training: go on counting after the last one, unless the framework does, whose count is `epoch`."
-        self._one_network(network)
-        self.done = 0 if epoch else max((row["epoch"] for row in self.rows), default=0)
+# %% ../../nbs/lab/35_integrations.ipynb #5c1d7e06
+@patch
+def start(self: Watcher, network, epoch):
+    "Before a training: go on counting after the last one, unless the framework does, whose count is `epoch`."
+    self._one_network(network)
+    self.done = 0 if epoch else max((row["epoch"] for row in self.rows), default=0)
 
-    def measure_epoch(self, model, epoch, train_dl, test_dl) -> dict[str, float]:
-        "Measure and keep the rows; what goes to the framework's own logger."
-        train = in_order(train_dl) if self.train_loader is None else self.train_loader
-        known = len(self.rows)
-        self._report(model, epoch, train, self.test_loaders or test_dl)
-        return _logged(pd.DataFrame(self.rows[known:], columns=list(COLUMNS)))
+@patch
+def measure_epoch(self: Watcher, model, epoch, train_dl, test_dl) -> dict[str, float]:
+    "Measure and keep the rows; what goes to the framework's own logger."
+    train = in_order(train_dl) if self.train_loader is None else self.train_loader
+    known = len(self.rows)
+    self._report(model, epoch, train, self.test_loaders or test_dl)
+    return _logged(pd.DataFrame(self.rows[known:], columns=list(COLUMNS)))
 
 # %% ../../nbs/lab/35_integrations.ipynb #82a9c42d
 def log_names(
