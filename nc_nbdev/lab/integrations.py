@@ -96,13 +96,23 @@ class Watcher:
 
 # %% ../../nbs/lab/35_integrations.ipynb #5c1d7e06
 @patch
-def start(self: Watcher, network, epoch):
+def start(
+    self: Watcher,
+    network: torch.nn.Module,   # of this training, the same as that of earlier ones
+    epoch: int,                 # the framework's count of the epochs done, 0 if it begins anew
+):
     "Before a training: go on counting after the last one, unless the framework does, whose count is `epoch`."
     self._one_network(network)
     self.done = 0 if epoch else max((row["epoch"] for row in self.rows), default=0)
 
 @patch
-def measure_epoch(self: Watcher, model, epoch, train_dl, test_dl) -> dict[str, float]:
+def measure_epoch(
+    self: Watcher,
+    model: torch.nn.Module,                        # the network
+    epoch: int,                                    # written into the rows
+    train_dl: Iterable,                            # used unless the callback has a train loader of its own
+    test_dl: Iterable | Mapping[str, Iterable] | None,   # used unless the callback has test loaders of its own
+) -> dict[str, float]:                             # collapse/split/layer/measure -> value
     "Measure and keep the rows; what goes to the framework's own logger."
     train = in_order(train_dl) if self.train_loader is None else self.train_loader
     known = len(self.rows)
