@@ -28,6 +28,8 @@ PROCESSES.set_forkserver_preload(["nbdev.test", "nc_nbdev.reproduce", "nc_nbdev.
 def _run(path, log):
     "Run the cells as `nbdev-test` does; what they print goes to a file."
     multiprocessing.set_start_method("fork", force=True)      # the default here, as in a kernel
+    pages = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    os.environ["LOKY_MAX_CPU_COUNT"] = str(max(1, os.cpu_count() // pages))    # with one, a page starts no workers
     signal.alarm(TIMEOUT)
     os.setsid()
     with open(log, "w") as f:
