@@ -318,6 +318,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'nc_nbdev/lab/claims.py'),
                                      'nc_nbdev.lab.claims._contrast': ('lab/claims.html#_contrast', 'nc_nbdev/lab/claims.py'),
                                      'nc_nbdev.lab.claims._p_one_sided': ('lab/claims.html#_p_one_sided', 'nc_nbdev/lab/claims.py'),
+                                     'nc_nbdev.lab.claims._plain': ('lab/claims.html#_plain', 'nc_nbdev/lab/claims.py'),
                                      'nc_nbdev.lab.claims._usable': ('lab/claims.html#_usable', 'nc_nbdev/lab/claims.py'),
                                      'nc_nbdev.lab.claims._verdict': ('lab/claims.html#_verdict', 'nc_nbdev/lab/claims.py'),
                                      'nc_nbdev.lab.claims._with_interval': ('lab/claims.html#_with_interval', 'nc_nbdev/lab/claims.py'),

@@ -78,11 +78,12 @@ STUDIES = {   # name: module that exports run_<name>; in reading order
 
 # %% ../nbs/reproduce.ipynb #82d8ebbf
 def study_names(
-    names=None,  # names of studies or rooms, default all
+    names=None,  # names of studies or rooms, None for all
 ) -> list[str]:  # names of studies, in reading order
-    "The studies meant. Raises `ValueError` for a name that is neither a study nor a room."
+    "The studies meant. Raises `ValueError` for no name, or one that is neither a study nor a room."
     rooms = {m.partition(".")[0] for m in STUDIES.values()}
-    names = list(STUDIES) if not names else [names] if isinstance(names, str) else names
+    names = list(STUDIES) if names is None else [names] if isinstance(names, str) else list(names)
+    if not names: raise ValueError("studies is empty: expected names of studies or rooms; leave it out for all")
     for name in names: check_choice("study", name, (*STUDIES, *sorted(rooms)))
     return [n for n, module in STUDIES.items() if n in names or module.partition(".")[0] in names]
 
@@ -155,14 +156,14 @@ def report_html(
 def tally(
     claims,   # iterable of `Claim`
 ) -> str:     # one sentence
-    "How many claims hold, primary and exploratory apart, and the primary ones that are confirmed together."
+    "How many claims hold, primary and exploratory apart, and the primary ones that pass Holm's rule."
     claims, parts = list(claims), []
     for kind in ("primary", "exploratory"):
         part = [c for c in claims if c.primary == (kind == "primary")]
         if part: parts.append(f"{sum(c.verdict == 'holds' for c in part)} of {len(part)} {kind} claims hold")
     if adjusted := holm([c for c in claims if c.primary]):
-        confirmed = [c.id for c in claims if c.verdict == "holds" and adjusted.get(c.id, 1) <= 0.05]
-        parts.append(f"{len(confirmed)} of {len(adjusted)} primary ones are confirmed together (Holm, 0.05)")
+        passed = [c.id for c in claims if c.verdict == "holds" and adjusted.get(c.id, 1) <= 0.05]
+        parts.append(f"{len(passed)} of {len(adjusted)} primary ones hold by Holm's rule for all together (0.05)")
     return "; ".join(parts) + "."
 
 # %% ../nbs/reproduce.ipynb #f9e4d8da
@@ -404,7 +405,7 @@ def confirm(
     progress: bool = True,    # show what is being done
     **changes,                # fields of `Settings`: folders, device
 ) -> tuple[list, Path]:       # claims, and the folder they were written to
-    "Run what was registered last for a scale. Raises `ValueError` for no or other code, or when it was done."
+    "Run what was registered last for a scale. `ValueError` for no design, other code or runs, or when it was done."
     folder = results_folder(get_settings(**changes))
     file = folder / "registration.json"
     known = [e for e in _registered(folder) if e["scale"] == scale]
@@ -418,6 +419,11 @@ def confirm(
         raise ValueError(f"{done[0]}: was confirmed already; kept results are not overwritten")
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
                                "datasets": tuple(entry["datasets"]), "overrides": entry.get("overrides", {})})
+    runs = plan(settings, entry["studies"]).index
+    if other := len(set(runs) ^ set(entry["runs"])):
+        raise ValueError(f"{file}: {scale} was registered with {len(entry['runs'])} runs, here {other} are others: "
+                         "`precision='auto'` takes what a processor gains from, and the data are part of a run; "
+                         "confirm it on a machine like the one that registered it, or register it here")
     out = folder / scale / f"{date.today().isoformat()}-{name}"
     report = report_folder(settings) / f"confirm-{scale}"        # the history is large, and stays there
     claims = _run(entry["studies"], settings, report, progress)

@@ -508,6 +508,7 @@ wrong("load_dataset", "no download", lambda tmp: sources.load_dataset("mnist", t
 
 for what, call, says in (
     ("study_names: a study", lambda: command.study_names("train_vs_tests"), "did you mean 'train_vs_test'?"),
+    ("study_names: none", lambda: command.study_names([]), "studies is empty: expected names"),
     ("study_names: a room", lambda: command.study_names(["papr"]), "did you mean 'paper'?"),
     ("load_study: a study", lambda: command.load_study("cascades"), "did you mean 'cascade'?"),
     ("reproduce: a preset", lambda: nc.reproduce(preset="labtop"), "did you mean 'laptop'?"),
