@@ -284,10 +284,17 @@ def save_claims(
     claims,            # iterable of `Claim`
     path: str | Path,  # where to write, e.g. claims.json
 ):
-    "Write claims as JSON with their intervals and verdicts."
+    "Write claims as JSON with their intervals and verdicts; null for NaN, a string for infinities."
     derived = ("measured", "control_measured", "contrast", "verdict")
     rows = [asdict(c) | {name: getattr(c, name) for name in derived} for c in claims]
-    Path(path).write_text(json.dumps(rows, indent=1))
+    Path(path).write_text(json.dumps(_plain(rows), indent=1, allow_nan=False))
+
+
+def _plain(x):
+    "The same in what JSON has."
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple): return [_plain(v) for v in x]
+    return x if not isinstance(x, float) or math.isfinite(x) else None if math.isnan(x) else str(x)
 
 
 def load_claims(
@@ -297,8 +304,10 @@ def load_claims(
     derived = ("measured", "control_measured", "contrast", "verdict")
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        for row in rows:
+            row |= {k: [math.nan if v is None else v for v in row[k]] for k in ("values", "control_values")}
         return [Claim(**{k: v for k, v in row.items() if k not in derived}) for row in rows]
-    except (AttributeError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: damaged, or of another version: no list of claims ({e})") from None
 
 
