@@ -33,7 +33,7 @@ def last(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     recipes = [replace(ImageRecipe(precision=p), seed=s) for p in ("float32", "bf16") for s in range(args.seeds)]
     values = pd.DataFrame([last(run) for run in get_runs(recipes, get_settings())])
@@ -47,7 +47,7 @@ def main():
     file.parent.mkdir(parents=True, exist_ok=True)
     table.index = pd.MultiIndex.from_tuples(table.index, names=["split", "measure"])
     table.round(5).to_csv(file, lineterminator="\n")
-    file.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
+    file.with_suffix(".json").write_text(json.dumps(environment() | {"seeds": args.seeds}, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -164,7 +164,7 @@ PRESETS = {p.name: p for p in (
     Preset("laptop", tuple(replace(_laptop, dataset=d, loss=loss) for d in ("mnist", "cifar10") for loss in _losses),
            "a night on two cores", every=True),
     Preset("workstation", tuple(replace(_workstation, dataset=d) for d in ("cifar10", "mnist")),
-           "nights on two cores, or an hour on a GPU", every=True),
+           "nights on two cores; a GPU was not tried", every=True),
     Preset("paper", tuple(replace(_paper, dataset=d, loss=loss) for d in ("cifar10", "mnist") for loss in _losses),
            "18 or 21 million images a run: half an hour on a GPU that trains 10,000 images a second"),
 )}
