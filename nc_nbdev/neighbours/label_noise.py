@@ -29,7 +29,7 @@ def positive_margin(
     num_classes: int,        # K, at least 2
     strength: float,         # kappa, at least 0
     smoothing: float = 0.,   # epsilon, at least 0 and below 1
-    positive: bool = True,   # features cannot be negative; else a simplex
+    positive: bool = True,   # features cannot be negative, D >= K; else a simplex, D >= K-1
 ) -> float:                  # s: the own logit minus another one
     "The margin at the minimum of the layer-peeled model with label smoothing. Raises `ValueError` out of range."
     if num_classes < 2 or strength < 0 or not 0 <= smoothing < 1:
