@@ -74,7 +74,7 @@ def measured_rate(
     starts: int = 3,   # independent random starts
     seed: int = 0,     # of the random starts
 ) -> np.ndarray:  # (starts,), per unit of step size
-    "The rate of `nc1_trace` in a descent near its end, comparable with `variability_rate`. Raises as it."
+    "The rate of the root of `nc1_trace` near the end of a descent, comparable with `variability_rate`. Raises as it."
     slowest = -2 * math.log1p(-variability_rate(problem))  # fall of log nc1 a step of size 1
     marks = round(20 / slowest), round(26 / slowest)
     path = descend(FreeFeatures(problem, seed, starts=starts), marks, rate=1.0)
@@ -110,7 +110,7 @@ CLAIMS = (
     Statement("T2a", "Gradient descent on spheres reaches the global minimum, a collapsed simplex, from every start",
               "|loss - closed form|", at_most=1e-8, interval="range", source=_yaras,
               control="D = 2, where no simplex of four classes fits", reason="far above rounding, which is 1e-15"),
-    Statement("T2c", "Near the end NC1 falls at the rate tau q / n", "|measured rate / predicted - 1|", at_most=0.01,
+    Statement("T2c", "Near the end the root of NC1 falls at the rate tau q / n", "|measured rate / predicted - 1|", at_most=0.01,
               interval="range", control="D = K - 1, where no dimension is spare", source="derived here, after Yaras",
               reason="rates with and without a spare dimension differ by the factor 1.67"),
     Statement("T2d", "Every critical point that is not a global minimum is a strict saddle (K = 3, D = 4)",
