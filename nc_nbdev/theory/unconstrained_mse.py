@@ -29,9 +29,9 @@ from .free_features import FreeFeatures, Problem, descend, start_groups, starts,
 # %% ../../nbs/theory/50_unconstrained_mse.ipynb #638b33e7
 @dataclass(frozen=True)
 class MseMinimum:
-    "The global minimum with squared error. Logits are x (1_n ⊗ C) + t (1_n ⊗ 11^T/K)."
+    "The global minimum with squared error. Logits are x (1_n ⊗ C) + x0 (1_n ⊗ 11^T/K)."
     simplex: float       # x: K-1 singular values of H W^T are sqrt(n) x
-    common: float        # t: one is sqrt(n) t
+    common: float        # x0: one is sqrt(n) x0
     bias: float          # each entry of b
     loss: float          # value of the objective
     weight_norm: float   # |W|_F
@@ -39,15 +39,15 @@ class MseMinimum:
 
 
 def mse_minimum(
-    problem: Problem,  # with dim >= K, or K-1 where t = 0
+    problem: Problem,  # with dim >= K, or K-1 where x0 = 0
 ) -> MseMinimum:
-    "Soft thresholds: x = (1 - K strength)+, t = (1 - K strength / c)+ with c = lb/(1+lb), 1 without bias."
+    "Soft thresholds: x = (1 - K strength)+, x0 = (1 - K strength / c)+ with c = lb/(1+lb), 1 without bias."
     K, strength, lb = problem.num_classes, problem.strength, problem.lb
     c = 1 - 1 / (1 + lb)  # 1 for lb = inf
-    x, t = max(0.0, 1 - K * strength), max(0.0, 1 - K * strength / c) if c > 0 else 0.0
-    loss = (K - 1) * ((1 - x) ** 2 / (2 * K) + strength * x) + c * (1 - t) ** 2 / (2 * K) + strength * t
-    norm = math.sqrt(math.sqrt(problem.per_class * problem.lh / problem.lw) * ((K - 1) * x + t))
-    return MseMinimum(x, t, (1 - t) / (K * (1 + lb)), loss, norm, norm * math.sqrt(problem.lw / problem.lh))
+    x, x0 = max(0.0, 1 - K * strength), max(0.0, 1 - K * strength / c) if c > 0 else 0.0
+    loss = (K - 1) * ((1 - x) ** 2 / (2 * K) + strength * x) + c * (1 - x0) ** 2 / (2 * K) + strength * x0
+    norm = math.sqrt(math.sqrt(problem.per_class * problem.lh / problem.lw) * ((K - 1) * x + x0))
+    return MseMinimum(x, x0, (1 - x0) / (K * (1 + lb)), loss, norm, norm * math.sqrt(problem.lw / problem.lh))
 
 # %% ../../nbs/theory/50_unconstrained_mse.ipynb #4a1f9596
 def mse_solution(
@@ -159,17 +159,18 @@ CLAIMS = (
     Statement("T5b", "With a free bias they form a simplex, from every start",
               "worst of all measures, nc3_bias left out", "no bias", at_most=1e-3, interval="log-t",
               source="Tirer, Bruna 2022, 2202.08087; Zhou et al. 2022, 2203.01238"),
-    Statement("T5c", "Singular values are soft thresholds, x = (1 - K strength)+ and t = (1 - K strength (1+lb)/lb)+",
+    Statement("T5c", "Singular values are soft thresholds, x = (1 - K strength)+ and x0 = (1 - K strength (1+lb)/lb)+",
               "largest error of a singular value / sqrt(n), lb from 0.1 to 5",
               "the formula without the bias, for the same ends", at_most=1e-3, interval="log-t",
               source="derived here, a case of Zhou et al. 2022, 2203.01238"),
     Statement("T5d", "From a small start NC1 falls at the rate 2/(K sqrt(n)), before the loss does",
               "| rate/predicted - 1 |", "a start of size 1", at_most=0.02, interval="log-t",
               source="derived here, after Mixon et al. 2020, 2011.11619"),
-    Statement("T5e", "On the central path K^2 log w + K w^2 + w^4/4 = K t/N + const", "largest | w/predicted - 1 |",
+    Statement("T5e", "On the central path K^2 log zeta + K zeta^2 + zeta^4/4 = K t/N + const",
+              "largest | zeta/predicted - 1 |",
               "the law of whitening", at_most=1e-2, interval="log-t", source="Han, Papyan, Donoho 2021, 2106.02073"),
-    Statement("T5f", "Renormalised by whitening all features, K log w + w^2/2 = t/N + const",
-              "largest | w/predicted - 1 |", "the law of projecting", at_most=1e-2, interval="log-t",
+    Statement("T5f", "Renormalised by whitening all features, K log zeta + zeta^2/2 = t/N + const",
+              "largest | zeta/predicted - 1 |", "the law of projecting", at_most=1e-2, interval="log-t",
               source="derived here"),
 )
 
@@ -181,7 +182,7 @@ def _threshold_errors(problem, group):
         found = torch.stack(starts(replace(problem, lb=lb), group, measure=_end)["values"].tolist())  # (starts, K)
         for m in (mse_minimum(replace(problem, lb=lb)), mse_minimum(replace(problem, lb=math.inf))):
             predicted = torch.tensor([m.simplex] * (problem.num_classes - 1) + [m.common], dtype=torch.float64)
-            errors.append((found - predicted).abs().max().item())  # x is at least t, so the order is that of svdvals
+            errors.append((found - predicted).abs().max().item())  # x is at least x0, so the order is that of svdvals
     return max(errors[::2]), max(errors[1::2])
 
 
