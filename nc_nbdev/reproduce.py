@@ -163,7 +163,7 @@ def tally(
         if part: parts.append(f"{sum(c.verdict == 'holds' for c in part)} of {len(part)} {kind} claims hold")
     if adjusted := holm([c for c in claims if c.primary]):
         passed = [c.id for c in claims if c.verdict == "holds" and adjusted.get(c.id, 1) <= 0.05]
-        parts.append(f"{len(passed)} of {len(adjusted)} primary ones hold by Holm's rule for all together (0.05)")
+        parts.append(f"{len(passed)} of {len(adjusted)} primary ones pass Holm's rule together (0.05)")
     return "; ".join(parts) + "."
 
 # %% ../nbs/reproduce.ipynb #f9e4d8da
