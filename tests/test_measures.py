@@ -295,3 +295,32 @@ def test_decisions_among_many_classes(K, offset):
     expected = (H.double()[:, None] - mu - offset).square().sum(2).argmin(1)
     assert nearest_centre.nearest_centre(H, mu + offset).equal(expected)
     assert nearest_centre.classifier_decision(H, mu, None).equal((H.double() @ mu.T).argmax(1))
+
+
+def test_the_rounding_of_a_coarse_score_is_counted():
+    "Both factors are rounded in the same direction, and so is the product: 0 would be the answer of bfloat16."
+    high, low = torch.full((257,), 1 + 2**-8 + 1e-4), torch.full((257,), 1 + 2**-8 - 1e-4)
+    pair = torch.block_diag(high[None], low[None])
+    W = torch.cat([pair, -pair.sum(0, keepdim=True).expand(64, -1) / 64])
+    x, b = torch.cat([high, low])[None], torch.zeros(66)
+    for lead in (0.01, 0.1, 0.15):
+        b[1] = (x.double() @ (pair[0] - pair[1]).double()).item() + lead
+        assert nearest_centre.classifier_decision(x, W, b).tolist() == [1], lead
+
+
+@pytest.mark.parametrize("K", [10, 70])
+@pytest.mark.parametrize("size, length", [(1e-24, 1e18), (1e-40, 1e18), (1e18, 1e-24), (1e18, 1e-35)])
+def test_lengths_whose_squares_underflow_decide_nothing(K, size, length):
+    "The length of 1e-24 is 0 in float32, its product with 1e18 is not; classes in pairs differ in the ninth digit."
+    torch.manual_seed(0)
+    x, W = size * torch.randn(300, 64), length * torch.randn(K, 64, dtype=torch.float64)
+    W[1::2] = W[::2] + 1e-8 * length * torch.randn(K // 2, 64)
+    assert nearest_centre.classifier_decision(x, W).equal((x.double() @ W.T).argmax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_score_that_may_overflow_is_looked_at_again(dtype):
+    "3.395e38 is a number of float32 and not of bfloat16, where it is infinite and would lead."
+    x, rows = torch.tensor([[1.0], [0.5]]).to(dtype), torch.tensor([[3.38e38], [1e38]]).to(dtype)
+    unsure = nearest_centre._largest(x, rows, torch.tensor([0.0, 3.395e38]), rows.float().norm(dim=1).max())[1]
+    assert unsure.all()

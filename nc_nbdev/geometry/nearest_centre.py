@@ -34,9 +34,10 @@ def _largest(
         score = torch.addmm(t, x, rows.T) if x.dtype == t.dtype else (x @ rows.T).to(t.dtype) + t
     top, best = score.max(1)
     second = score.scatter_(1, best[:, None], -torch.inf).amax(1)
-    scale = norm * sizes + t.abs().max()  # (B,) no score, and no term of it, is larger
-    error = (x.shape[1] + 4) * (info.eps * scale + info.tiny) + (scale / 128 if x.dtype != t.dtype else 0)
-    return best, ~(second < top - 2 * error)
+    lost = (x.shape[1] * info.tiny) ** 0.5  # of a length, where its squares are too small to be numbers
+    scale = (norm + lost) * (sizes + lost) + t.abs().max()  # (B,) no score, and no term of it, is larger
+    error = (x.shape[1] + 4) * (info.eps * scale + info.tiny) + (3.01 / 256 * scale if x.dtype != t.dtype else 0)
+    return best, ~(second < top - 2 * error) | (scale > info.max / 4)
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #f75f4be2
 def _rule(
