@@ -27,6 +27,7 @@ from nc_nbdev.geometry import (
     measures,
     nearest_centre,
     ood,
+    regression,
     statistics,
     variability,
 )
@@ -155,6 +156,33 @@ for name in OF_ROWS:
     wrong(name, "weighting of rows", lambda _, f=f: f(M, weighting="sample"),
           "rows have 'class' only; 'sample' needs ClassStatistics")
     wrong(name, "weighting", lambda _, f=f: f(stats, weighting="mean"), "weighting is 'mean'")
+
+Yr = torch.randn(12, 2)
+Numbers = regression.RegressionStatistics
+numbers = Numbers.from_features(H, Yr)
+for what, call, says in (
+    ("RegressionStatistics: dim 0", lambda: Numbers(0, 2), "dim is 0: expected the length"),
+    ("RegressionStatistics: dim a word", lambda: Numbers("a", 2), "dim is 'a': expected"),
+    ("RegressionStatistics: targets", lambda: Numbers(3, -1), "num_targets is -1: expected how"),
+    ("RegressionStatistics: centre", lambda: Numbers(4, 2, M[0, :3]), r"expected \(4,\), finite"),
+    ("RegressionStatistics: centre NaN", lambda: Numbers(4, 2, NaN * M[0]), "4,.*, finite"),
+    ("RegressionStatistics: complex", lambda: numbers.from_features(H, Yr + 0j), "targets are torch.complex64 .* real"),
+    ("RegressionStatistics: one target", lambda: numbers.from_features(H, Yr[0, 0]), r"of shape \(\): expected real"),
+    ("RegressionStatistics: NaN", lambda: numbers.from_features(NaN * H, Yr), "features or targets hold NaN"),
+    ("RegressionStatistics: integers", lambda: numbers.from_features(H.long(), Yr), "expected floating-point"),
+    ("RegressionStatistics: none", lambda: Numbers(4, 2).feature_covariance, "no samples: up"),
+    ("RegressionStatistics: sum", lambda: numbers + 3, "what is added is a int: expected RegressionStatistics"),
+    ("RegressionStatistics: other", lambda: numbers + numbers.from_features(H, Yr[:, 0]), "=2,.*=1,"),
+    ("nrc1: features", lambda: regression.nrc1(H), "stats is a Tensor: expected RegressionStatistics; of features"),
+    ("nrc1: classes", lambda: regression.nrc1(stats), "stats is a ClassStatistics: expected RegressionStatistics"),
+    ("nrc1: other targets", lambda: regression.nrc1(numbers, reference=numbers.from_features(H, Yr[:, 0])),
+     "reference is .*num_targets=1.*stats is .*num_targets=2.*expected the same"),
+    ("nrc1: other features", lambda: regression.nrc1(numbers, reference=Numbers.from_features(W.T, Yr[:4])), "same dim"),
+    ("nrc2: the wrong way round", lambda: regression.nrc2(numbers, W[:2]), "stats is a Tensor: expected Reg"),
+    ("nrc2: another W", lambda: regression.nrc2(W, numbers), r"W is torch.float32 of shape \(3, 4\): expected real"),
+    ("nrc3: features", lambda: regression.nrc3(W[:2], H), "stats is a Tensor: expected RegressionStatistics"),
+    ("nrc3: complex", lambda: regression.nrc3(W[:2] + 0j, numbers), "W is torch.complex64 of shape"),
+): wrong(*what.split(": ", 1), lambda _, call=call: call(), says)
 
 PAIRS = {
     "W transposed": ((W.T, M), r"W has shape \(4, 3\), the class means \(3, 4\): expected \(K, D\) of both"),
@@ -536,7 +564,7 @@ def test_a_wrong_batch_leaves_no_trace_and_the_error_names_the_split(name):
 
 
 @pytest.mark.parametrize("module", [etf, statistics, variability, means, duality, nearest_centre, ood, measures,
-                                    generalization, settings, data, models, sources],
+                                    generalization, regression, settings, data, models, sources],
                          ids=lambda m: m.__name__.removeprefix("nc_nbdev."))
 def test_every_function_that_raises_is_in_the_table(module):
     table = {name.partition(":")[0].partition(" ")[0].partition(".")[0] for name in WRONG}

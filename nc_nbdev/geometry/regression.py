@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .etf import as_whole
 from .nearest_centre import as_features
 from .statistics import as_tensor
 
@@ -24,16 +25,20 @@ class RegressionStatistics:
         num_targets: int,   # n, numbers to predict
         centre: Tensor | None = None,   # (D,) known mean; unit vectors from there are then counted too
     ):
-        self.dim, self.num_targets, self.count = dim, num_targets, 0
-        self.centre = None if centre is None else as_tensor(centre, "centre").double()
+        self.dim, self.num_targets, self.centre = _check_sizes(dim, num_targets, centre)
+        self.count = 0
         self.mean = torch.zeros(dim + num_targets, dtype=torch.float64)
         self._scatter = torch.zeros(dim + num_targets, dim + num_targets, dtype=torch.float64)
         self._unit = None if centre is None else torch.zeros(dim, dim, dtype=torch.float64)
 
+    def __repr__(self) -> str:
+        return (f"RegressionStatistics(dim={self.dim}, num_targets={self.num_targets}, samples={self.count}, "
+                f"centre={'none' if self.centre is None else 'given'})")
+
     @torch.no_grad()
     def update(
         self,
-        H: Tensor,   # (B, D) features
+        H: Tensor,   # (B, D) features; B may be 0
         Y: Tensor,   # (B, n) targets, or (B,) for n = 1
     ) -> "RegressionStatistics":
         "Add a batch. Raises ValueError on wrong shapes, NaN or infinity; the state is then unchanged."
@@ -50,13 +55,26 @@ class RegressionStatistics:
         return self
 
 # %% ../../nbs/geometry/75_regression.ipynb #92654ec7
+def _check_sizes(dim, num_targets, centre):
+    "D, n and the centre in float64, or a ValueError."
+    for value, name, what in ((dim, "dim", "the length of a feature vector"),
+                              (num_targets, "num_targets", "how many numbers are predicted")):
+        if (as_whole(value) or 0) < 1: raise ValueError(f"{name} is {value!r}: expected {what}, a whole number >= 1")
+    if centre is None: return as_whole(dim), as_whole(num_targets), None
+    centre = as_tensor(centre, "centre").cpu()
+    if centre.shape != (dim,) or centre.is_complex() or not centre.isfinite().all():
+        raise ValueError(f"centre is {centre.dtype} of shape {tuple(centre.shape)}: expected ({dim},), finite: the "
+                         "mean of the features, from a first pass")
+    return as_whole(dim), as_whole(num_targets), centre.double()
+
 def _check_batch(H, Y, dim, num_targets):
     "Features beside targets, (B, D + n) float64 on the CPU, or a ValueError that says what was seen."
-    H, Y = as_features(H), as_tensor(Y, "Y (targets)")
+    H, Y = as_tensor(H, "features"), as_tensor(Y, "Y (targets)")
+    if H.shape != (0, dim): H = as_features(H, dim)
     if Y.ndim == 1: Y = Y[:, None]
-    if H.shape[1] != dim: raise ValueError(f"features have shape {tuple(H.shape)}: expected (B, {dim})")
-    if Y.ndim != 2 or Y.shape != (len(H), num_targets):
-        raise ValueError(f"targets have shape {tuple(Y.shape)}: expected {(len(H), num_targets)}, a row a sample")
+    if Y.shape != (len(H), num_targets) or Y.is_complex():
+        raise ValueError(f"targets are {Y.dtype} of shape {tuple(Y.shape)}: expected real numbers of shape "
+                         f"{(len(H), num_targets)}, a row a sample")
     X = torch.cat([H.detach().cpu().double(), Y.cpu().double()], 1)
     if not X.isfinite().all(): raise ValueError("features or targets hold NaN or infinity: did the training diverge?")
     return X
@@ -70,15 +88,17 @@ def from_features(
 ) -> RegressionStatistics:   # centred at the mean of the features
     "Statistics of features in memory. Raises ValueError on what `update` refuses, and when there are no samples."
     H, Y = as_features(H), as_tensor(Y, "Y (targets)")
-    return cls(H.shape[1], 1 if Y.ndim == 1 else Y.shape[1], H.detach().cpu().double().mean(0)).update(H, Y)
+    centre = H.detach().cpu().double().mean(0).nan_to_num()                     # `update` names features that are NaN
+    return cls(H.shape[1], Y.shape[1] if Y.ndim == 2 else 1, centre).update(H, Y)
 
 # %% ../../nbs/geometry/75_regression.ipynb #293a3774
 @patch
 def __add__(self: RegressionStatistics, other: RegressionStatistics) -> RegressionStatistics:
     "The statistics of both sets of samples together. Raises ValueError unless sizes and centres agree."
+    _check_statistics(other, "what is added")
     same = (self.dim, self.num_targets, self.centre is None) == (other.dim, other.num_targets, other.centre is None)
     if not same or self.centre is not None and not torch.equal(self.centre, other.centre):
-        raise ValueError("cannot merge statistics of different sizes or centres: make them alike")
+        raise ValueError(f"cannot merge {self} and {other}: expected the same sizes, and the same centre or none")
     new, n = RegressionStatistics(self.dim, self.num_targets, self.centre), self.count + other.count
     delta, new.count = other.mean - self.mean, n
     new.mean = self.mean + delta * (other.count / max(n, 1))
@@ -86,24 +106,41 @@ def __add__(self: RegressionStatistics, other: RegressionStatistics) -> Regressi
     if self._unit is not None: new._unit = self._unit + other._unit
     return new
 
+@patch
+def __radd__(self: RegressionStatistics, other):
+    "So that sum([a, b, c]) works, which starts at 0."
+    if not isinstance(other, int) or other != 0: return NotImplemented
+    return self + RegressionStatistics(self.dim, self.num_targets, self.centre)
 
 @patch(as_prop=True)
 def feature_covariance(self: RegressionStatistics) -> Tensor:
-    "(D, D), divided by N."
+    "(D, D), divided by N. Raises ValueError for no samples."
+    _check_samples(self)
     return self._scatter[:self.dim, :self.dim] / self.count
 
 @patch(as_prop=True)
 def target_covariance(self: RegressionStatistics) -> Tensor:
-    "(n, n), divided by N."
+    "(n, n), divided by N. Raises ValueError for no samples."
+    _check_samples(self)
     return self._scatter[self.dim:, self.dim:] / self.count
 
 @patch
 def principal_directions(self: RegressionStatistics) -> Tensor:
     "(D, n) the directions of largest variance, as many as targets. Raises ValueError for D < n, or no samples."
-    if not self.count: raise ValueError("no samples: update the statistics first")
     if self.dim < self.num_targets:
         raise ValueError(f"{self.num_targets} targets and features of length {self.dim}: expected D >= n")
     return torch.linalg.eigh(self.feature_covariance).eigenvectors[:, -self.num_targets:]
+
+def _check_statistics(stats, name="stats"):
+    "Raises ValueError for what is no RegressionStatistics."
+    if isinstance(stats, RegressionStatistics): return
+    raise ValueError(f"{name} is a {type(stats).__name__}: expected RegressionStatistics; of features, "
+                     "RegressionStatistics.from_features(H, Y)")
+
+def _check_samples(stats):
+    "Raises ValueError for what is no RegressionStatistics with samples."
+    _check_statistics(stats)
+    if not stats.count: raise ValueError("no samples: update the statistics first")
 
 # %% ../../nbs/geometry/75_regression.ipynb #53b60478
 def _outside(stats, Q, weighting):
@@ -123,7 +160,11 @@ def nrc1(
     reference: RegressionStatistics | None = None,   # whose principal directions; default those of `stats`
 ) -> float:   # 0 to 1; 0 at collapse
     "Share of the features outside of n principal directions (Andriopoulos et al. 2024, 2409.04180). Raises ValueError."
-    return _outside(stats, (reference or stats).principal_directions(), weighting)
+    reference = stats if reference is None else reference
+    _check_samples(stats), _check_statistics(reference, "reference")
+    if (reference.dim, reference.num_targets) != (stats.dim, stats.num_targets):
+        raise ValueError(f"reference is {reference}, stats is {stats}: expected the same dim and num_targets")
+    return _outside(stats, reference.principal_directions(), weighting)
 
 
 def nrc2(
@@ -132,7 +173,7 @@ def nrc2(
     weighting: str = "sample",     # as in `nrc1`
 ) -> float:   # 0 to 1; 0 at collapse
     "Share of the features outside of the row space of W (Andriopoulos et al. 2024, 2409.04180). Raises ValueError."
-    if not stats.count: raise ValueError("no samples: update the statistics first")
+    _check_samples(stats)
     Q, R = torch.linalg.qr(_head(W, stats).T)
     if R.diagonal().abs().min() < 1e-12 * R.abs().max(): raise ValueError("W has not full rank")
     return _outside(stats, Q, weighting)
@@ -140,10 +181,11 @@ def nrc2(
 
 def _head(W, stats):
     "W in float64, or a ValueError."
-    W = as_tensor(W, "W (last layer)").cpu().double()
-    if W.shape != (stats.num_targets, stats.dim) or not W.isfinite().all():
-        raise ValueError(f"W has shape {tuple(W.shape)}: expected {(stats.num_targets, stats.dim)}, finite")
-    return W
+    W = as_tensor(W, "W (last layer)").cpu()
+    if W.shape != (stats.num_targets, stats.dim) or W.is_complex() or not W.isfinite().all():
+        raise ValueError(f"W is {W.dtype} of shape {tuple(W.shape)}: expected real numbers of shape "
+                         f"{(stats.num_targets, stats.dim)}, finite")
+    return W.double()
 
 # %% ../../nbs/geometry/75_regression.ipynb #70e49188
 def nrc3(
@@ -151,7 +193,7 @@ def nrc3(
     stats: RegressionStatistics,   # with the targets
 ) -> float:   # 0 to 4; 0 at collapse
     "Distance of W W^T from the root of the targets' covariance minus a multiple of I (2409.04180). Raises ValueError."
-    if not stats.count: raise ValueError("no samples: update the statistics first")
+    _check_samples(stats)
     A, (values, Q) = _head(W, stats) @ _head(W, stats).T, torch.linalg.eigh(stats.target_covariance)
     root = values.clamp(min=0).sqrt()                                     # (n,), of S
     if not A.any() or not root[-1] > 0: raise ValueError("W or the targets are constant: there is no shape to compare")
