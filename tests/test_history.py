@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nc_nbdev.lab.history import curves, fall, final, late_slope, tpt_start, value_at
+from nc_nbdev.lab.history import curves, fall, final, late_slope, matched, tpt_start, value_at
 
 EPOCHS = [0, 1, 2, 3, 5, 8, 13, 20, 32, 50, 80, 100]
 
@@ -65,3 +65,24 @@ def test_values_and_the_end():
 def test_what_is_not_there_or_ambiguous(asked, said):
     history = pd.concat([made(lambda e, s: 1, lambda e, s: 1, c) for c in "ab"])
     with pytest.raises(ValueError, match=said): curves(history, **asked)
+
+
+def test_a_history_without_names_comes_back_from_a_file(tmp_path):
+    "An empty condition and an empty run are NaN when pandas reads them."
+    history = made(lambda e, s: 1 / (1 + e), lambda e, s: float(e >= 5), condition="", seeds=(0, 1)).assign(run="")
+    history.to_csv(tmp_path / "h.csv", index=False)
+    read = pd.read_csv(tmp_path / "h.csv")
+    assert read.condition.isna().all()
+    for condition in (None, ""):
+        pd.testing.assert_frame_equal(curves(read, "accuracy", condition=condition), curves(history, "accuracy"))
+    assert tpt_start(read).tolist() == [5, 5] and matched(read, "").tolist() == [1, 1]
+    with pytest.raises(ValueError, match="say which condition: \\['', 'c'\\]"):
+        curves(pd.concat([read, read.assign(condition="c")]), "accuracy")
+
+
+def test_runs_of_one_seed_are_not_mixed():
+    history = made(lambda e, s: 1.0, lambda e, s: 1.0)
+    with pytest.raises(ValueError, match="runs \\['b', 'r'\\] have the same seed, 0: give each its own seed="):
+        curves(pd.concat([history, history.assign(run="b")]), "accuracy")
+    later = history.assign(run="b", epoch=history.epoch + 1000)
+    assert len(curves(pd.concat([history, later]), "accuracy")) == 2 * len(EPOCHS)    # a run that was continued

@@ -24,13 +24,18 @@ def curves(
     condition: str | None = None,   # None when there is only one
 ) -> pd.DataFrame:                  # index epoch, one column a seed
     "The curves of one measure, a column a seed. Raises `ValueError` when nothing fits, or several curves do."
+    if missing := [name for name in COLUMNS[1:] if name not in history]:
+        raise ValueError(f"the history lacks {missing}: expected the columns {COLUMNS}, as `as_history` makes them")
     rows = history[history.measure == measure]
+    absent = [name for name in ("condition", "split", "layer") if rows[name].hasnans]
+    rows = rows.fillna(dict.fromkeys(absent, ""))               # pandas reads an empty word from a file as NaN
     for name, wanted in (("condition", condition), ("split", split)):
         if wanted is not None: rows = rows[rows[name] == wanted]
     if layer is None and len(rows): layer = rows.layer.iloc[-1]
     rows = rows[rows.layer == layer]
     if rows.empty:
-        there = {name: sorted(history[name].unique()) for name in ("measure", "split", "layer", "condition")}
+        there = {name: sorted(history[name].dropna().unique(), key=str)
+                 for name in ("measure", "split", "layer", "condition")}
         asked = f"split={split!r}, layer={layer!r}, condition={condition!r}"
         close = get_close_matches(str(measure), there["measure"], n=1) if measure not in there["measure"] else []
         near = f"; did you mean {close[0]!r}?" if close else ""
@@ -38,9 +43,20 @@ def curves(
     for name in ("condition", "split"):
         if len(several := sorted(rows[name].unique())) > 1:
             raise ValueError(f"{measure!r}: several fit, say which {name}: {several}")
-    seeds = sorted(history.seed[history.condition == rows.condition.iloc[0]].unique())
-    table = rows.pivot(index="epoch", columns="seed", values="value")
+    try: table = rows.pivot(index="epoch", columns="seed", values="value")
+    except ValueError as e: raise ValueError(f"{measure!r}: {_twice(rows)}") from e
+    seeds = sorted(history.seed[_is(history.condition, rows.condition.iloc[0])].unique())
     return table.reindex(columns=pd.Index(seeds, name="seed"))                # NaN for a seed without numbers
+
+def _is(column, word): return (column == word) | column.isna() if word == "" else column == word
+
+def _twice(rows):
+    "Which runs have the same seed."
+    first = rows[rows.duplicated(["epoch", "seed"])].iloc[0]
+    same = rows[(rows.epoch == first.epoch) & (rows.seed == first.seed)]
+    runs = sorted(same.run.astype(str).unique()) if "run" in same else []
+    if len(runs) > 1: return f"runs {runs} have the same seed, {first.seed}: give each its own seed= or condition="
+    return f"seed {first.seed} has epoch {first.epoch} twice: expected one row an epoch"
 
 # %% ../../nbs/lab/10_history.ipynb #444b747a
 def tpt_start(
@@ -61,7 +77,7 @@ def matched(
     *conditions: str,        # a treatment, and its controls
 ) -> np.ndarray:             # (seeds,): 1, or NaN
     "1 for seeds with which all conditions were measured to the same epoch. Raises `ValueError` for other seeds."
-    ends = [history[history.condition == c].groupby("seed").epoch.max() for c in conditions]
+    ends = [history[_is(history.condition, c)].groupby("seed").epoch.max() for c in conditions]
     seeds = {c: [*end.index] for c, end in zip(conditions, ends, strict=True)}
     if any(s != seeds[conditions[0]] for s in seeds.values()):
         raise ValueError(f"the seeds of conditions that are compared differ, {seeds}: measure each with the same seeds")
