@@ -18,7 +18,7 @@ from nc_nbdev.geometry.means import nc2_etf
 from nc_nbdev.geometry.regression import RegressionStatistics, nrc1, nrc2, nrc3
 from nc_nbdev.geometry.statistics import ClassStatistics
 from nc_nbdev.geometry.variability import nc1_trace
-from nc_nbdev.lab.regression import measure_regression
+from nc_nbdev.lab.regression import compare_reports, measure_regression
 from nc_nbdev.lab.runs import get_run
 from nc_nbdev.lab.settings import Settings
 from nc_nbdev.neighbours.apparatus import SystemRecipe, collapse_ratio, relu_network
@@ -369,3 +369,31 @@ def test_methods_of_the_long_tailed_study_train():
         model = by_hand(recipe)
         rows = dict(((s, m), v) for s, _, m, v in recipe.measures(model, recipe.tensors()))
         assert 0 <= rows["test", "balanced_accuracy"] <= 1 and ("train", "nc2_etf") in rows
+
+
+@pytest.mark.parametrize("shape, says", [((50,), r"b\[1\].long\(\)\)$"), ((50, 1), r"b\[1\].long\(\).squeeze\(1\)\)$"),
+                                         ((50, 2), r"one a sample$")])
+def test_whole_numbers_may_be_numbers_or_classes(shape, says):
+    "The error says what to call; a fraction in any batch decides, whichever batch comes first."
+    X, Y = torch.randn(50, 7), torch.randint(2, 9, shape).float()
+    model, batches = regression_model((*shape, 1)[1]), lambda Y: [*zip(X.split(16), Y.split(16), strict=True)]
+    with pytest.raises(ValueError, match="^labels are torch.float32 of shape .16.* whole numbers, .* call measure_regression.* integers .*" + says):
+        nc.measure(model, batches(Y))
+    assert measure_regression(model, batches(Y)).num_targets == (*shape, 1)[1]
+    Y[20] += 0.5
+    for order in (1, -1): assert nc.measure(model, batches(Y)[::order]).num_targets == (*shape, 1)[1]
+
+
+def test_a_report_on_regression_is_compared_escaped_and_says_what_it_lacks():
+    X, Y = torch.randn(50, 6), torch.randn(50, 2)
+    model = nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 2))
+    report, same = (measure_regression(model, [(X, Y)], [(X, Y)]) for _ in range(2))
+    assert report == same and report != measure_regression(model, [(X, Y)]) and report != 3
+    assert "No NRC1 of 1: shorter than the 2 targets." in report.notes and len(report.notes) == 1
+    ratios = report.compare(same)
+    assert len(ratios) == len(report.frame) and ratios.this.equals(ratios.other)
+    assert ratios.equals(compare_reports(report, same))
+    html = replace(report, notes=("<script>x</script>",))._repr_html_()
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    with pytest.raises(ValueError, match="train_dl is a generator, which can be read once"):
+        measure_regression(model, (batch for batch in [(X, Y)]))
