@@ -377,7 +377,7 @@ def test_whole_numbers_may_be_numbers_or_classes(shape, says):
     "The error says what to call; a fraction in any batch decides, whichever batch comes first."
     X, Y = torch.randn(50, 7), torch.randint(2, 9, shape).float()
     model, batches = regression_model((*shape, 1)[1]), lambda Y: [*zip(X.split(16), Y.split(16), strict=True)]
-    with pytest.raises(ValueError, match="^labels are torch.float32 of shape .16.* whole numbers, .* call measure_regression.* integers .*" + says):
+    with pytest.raises(ValueError, match="^labels are .* call measure_regression.* integers .*" + says):
         nc.measure(model, batches(Y))
     assert measure_regression(model, batches(Y)).num_targets == (*shape, 1)[1]
     Y[20] += 0.5
@@ -389,7 +389,7 @@ def test_a_report_on_regression_is_compared_escaped_and_says_what_it_lacks():
     model = nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 2))
     report, same = (measure_regression(model, [(X, Y)], [(X, Y)]) for _ in range(2))
     assert report == same and report != measure_regression(model, [(X, Y)]) and report != 3
-    assert "No NRC1 of 1: shorter than the 2 targets." in report.notes and len(report.notes) == 1
+    assert "No NRC1 of layer 0: fewer features than the 2 targets." in report.notes and len(report.notes) == 1
     ratios = report.compare(same)
     assert len(ratios) == len(report.frame) and ratios.this.equals(ratios.other)
     assert ratios.equals(compare_reports(report, same))

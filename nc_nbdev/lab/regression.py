@@ -118,7 +118,7 @@ def measure_regression(
     n = passes["train"][layers[0]].num_targets
     W, read, note = _last_layer(model, head, n, passes["train"], layers)
     narrow = [la for la in layers if passes["train"][la].dim < n]
-    few = f"No NRC1 of {', '.join(narrow)}: shorter than the {n} targets." if narrow else None
+    few = f"No NRC1 of layer {', '.join(narrow)}: fewer features than the {n} targets." if narrow else None
     rows = [row for split, found in passes.items() for row in _rows(split, found, passes["train"], W, read)]
     return RegressionReport(n, layers, pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]),
                             tuple(filter(None, (note, few))))
