@@ -361,6 +361,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'nc_nbdev/lab/features_on_disk.py'),
                                                'nc_nbdev.lab.features_on_disk._check_labels': ( 'lab/features_on_disk.html#_check_labels',
                                                                                                 'nc_nbdev/lab/features_on_disk.py'),
+                                               'nc_nbdev.lab.features_on_disk._check_place': ( 'lab/features_on_disk.html#_check_place',
+                                                                                               'nc_nbdev/lab/features_on_disk.py'),
                                                'nc_nbdev.lab.features_on_disk._choose': ( 'lab/features_on_disk.html#_choose',
                                                                                           'nc_nbdev/lab/features_on_disk.py'),
                                                'nc_nbdev.lab.features_on_disk._collect': ( 'lab/features_on_disk.html#_collect',

@@ -6,15 +6,18 @@ import sys
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
 from pyarrow import ipc
 from pyarrow import parquet as pq
 
+import nc_nbdev as nc
 from nc_nbdev.geometry.generalization import test_collapse_from_statistics as from_statistics
 from nc_nbdev.geometry.measures import measure_features
 from nc_nbdev.geometry.statistics import ClassStatistics
+from nc_nbdev.lab import features_on_disk
 from nc_nbdev.lab.features_on_disk import StoredFeatures, measure_command, measure_files, open_arrays
 
 rng = np.random.default_rng(0)
@@ -269,3 +272,73 @@ def test_a_class_without_samples(tmp_path, capsys):
 def test_too_few_classes(K, tmp_path, capsys):
     WRITERS["a.npz"](tmp_path / "a.npz", H, y)
     assert f"--num-classes) is {K}: expected a whole number" in fails(capsys, tmp_path / "a.npz", "--num-classes", K)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_classes_without_samples_are_left_out_as_in_memory(tmp_path, head):
+    "The train set lacks class 3, the test set lacks 1: the numbers are those of `measure` on the same features."
+    train, test = y != 3, y != 1
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 4))
+    model[1].load_state_dict(dict(weight=torch.tensor(W), bias=torch.tensor(b)))
+    for name, rows in (("train", train), ("test", test)): np.savez(tmp_path / name, features=H[rows], labels=y[rows])
+    np.savez(tmp_path / "head.npz", weight=W, bias=b)
+    paths = tmp_path / "test.npz", tmp_path / "train.npz"
+    with pytest.raises(ValueError, match="or leave them out: --absent"): measure_files(*paths)
+    with pytest.raises(ValueError, match="absent='no': expected 'error' or"): measure_files(*paths, absent="no")
+    report = measure_files(*paths, head=tmp_path / "head.npz" if head else None, absent="leave out")
+    batches = [[(torch.tensor(H[rows]), torch.tensor(y[rows]))] for rows in (train, test)]
+    memory = nc.measure(model, *batches, layers="0", absent="leave out", num_classes=4, keep="all",
+                     head="1" if head else None)
+    for split in ("train", "test"):
+        found, expected = (r.measures[split][layer].to_dict() for r, layer in ((report, "features"), (memory, "0")))
+        assert found["ncc_accuracy"] is not None and (found["nc4_disagreement"] is not None) == head
+        assert found == {k: v if v is None else pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in expected.items()}
+    assert report.collapse["test"]["features"].strong == pytest.approx(memory.collapse["test"]["0"].strong, rel=1e-5)
+    assert [n for n in report.notes if "samples" in n] == [n for n in memory.notes if "samples" in n] != []
+
+
+def test_nothing_to_leave_out_changes_nothing(tmp_path):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    whole, same = (measure_files(tmp_path / "a.npz", absent=absent) for absent in ("error", "leave out"))
+    assert whole.frame.equals(same.frame) and whole.notes == same.notes == ()
+    np.savez(tmp_path / "one.npz", features=H, labels=0 * y)
+    with pytest.raises(ValueError, match="all 200 labels are 0: expected two classes"):
+        measure_files(tmp_path / "one.npz", absent="leave out")
+
+
+def test_no_result_is_lost(tmp_path, capsys, monkeypatch):
+    "A folder that is not there is seen before anything is read; what fails later leaves the report printed."
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    with monkeypatch.context() as m:
+        m.setattr(features_on_disk, "measure_files", None)
+        for kind in ("json", "csv", "html"):
+            said = fails(capsys, tmp_path / "a.npz", f"--{kind}", tmp_path / "no" / "x")
+            assert f"--{kind} " in said and f"there is no folder {tmp_path / 'no'}; make it first" in said
+            assert "this is a folder" in fails(capsys, tmp_path / "a.npz", f"--{kind}", tmp_path)
+    monkeypatch.setattr(features_on_disk.Path, "write_text", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(SystemExit): measure_command([str(tmp_path / "a.npz"), "--json", str(tmp_path / "x.json")])
+    assert "NC1" in capsys.readouterr().out
+
+
+def test_json_has_what_a_reader_needs(tmp_path):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    measure_command([str(tmp_path / "a.npz"), "--json", str(tmp_path / "a.json")])
+    content, report = json.loads((tmp_path / "a.json").read_text()), measure_files(tmp_path / "a.npz")
+    pd.testing.assert_frame_equal(pd.DataFrame(content["frame"]), report.frame)
+    assert content["reasons"] == {"train": report.measures["train"]["features"].reasons}
+    assert "nc3_duality" in content["reasons"]["train"]
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda p: StoredFeatures(p, batch_size=0), "batch_size is 0: expected a whole number of rows"),
+    (lambda p: StoredFeatures(p, batch_size=-1), "batch_size is -1"),
+    (lambda p: StoredFeatures(p, batch_size=2.5), "batch_size is 2.5"),
+    (lambda p: measure_files([]), "0 files: expected features and labels in one file or in two"),
+    (lambda p: measure_files(None), "0 files"),
+    (lambda p: StoredFeatures(p, features="foo"), "a.npz: 'foo' is not there; it holds features"),
+    (lambda p: StoredFeatures(p, features="labels"), "a.npz: 'labels' is not such an array; it holds features"),
+    (lambda p: StoredFeatures(p, labels="foo"), "'foo' is not there; .* --labels NAME"),
+])
+def test_wrong_calls(tmp_path, call, says):
+    WRITERS["a.npz"](tmp_path / "a.npz", H, y)
+    with pytest.raises(ValueError, match=says): call(tmp_path / "a.npz")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..geometry.etf import as_whole
 from ..geometry.measures import check_head
-from ..geometry.nearest_centre import both_decisions, nearest_centre
+from ..geometry.nearest_centre import both_decisions, classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
 from .report import Collected, CollapseReport, compare_splits
 from .taps import LABELS
@@ -168,8 +168,11 @@ class StoredFeatures:
         labels: str | None = None,      # name of the array (N,), default the one there is
         batch_size: int = 4096,         # rows read at a time
     ):
-        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        if len(paths) > 2: raise ValueError(f"{len(paths)} files: expected features and labels in one file or in two")
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths or ())
+        if len(paths) not in (1, 2):
+            raise ValueError(f"{len(paths)} files: expected features and labels in one file or in two")
+        if (as_whole(batch_size) or 0) < 1:
+            raise ValueError(f"batch_size is {batch_size!r}: expected a whole number of rows, at least 1")
         self.path, self.batch_size, found = Path(paths[0]), batch_size, [open_arrays(path) for path in paths]
         self.array = _choose(found[0], self.path, features, ("features", "H"), 2, "f", "--features")
         column = _choose(found[-1], paths[-1], labels, LABELS, 1, "i", "--labels")
@@ -205,7 +208,8 @@ def _choose(found, path, name, preferred, ndim, kind, flag):
     fits = {n: a for n, a in found.items() if a.kind == kind and len(a.shape) == ndim}
     chosen = [name] if name else [n for n in preferred if n in fits][:1] or [*fits]
     if len(chosen) == 1 and chosen[0] in fits: return fits[chosen[0]]
-    raise ValueError(f"{path}: it holds {_listed(found)}; expected one array of {what}. {flag} NAME says which")
+    wrong = f"{name!r} is {'not such an array' if name in found else 'not there'}; " if name else ""
+    raise ValueError(f"{path}: {wrong}it holds {_listed(found)}; expected one array of {what}. {flag} NAME says which")
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #71be20c4
 def _head(paths, shape):
@@ -263,31 +267,36 @@ def measure_files(
     labels: str | None = None,                         # name of the labels in the files
     num_classes: int | None = None,                    # K, default the largest label and one more
     progress: bool = False,                            # show a bar
+    absent: str = "error",                             # classes without samples: "error", or "leave out"
 ) -> CollapseReport:                                   # of one layer, "features"
     "Collapse of features in files, read in batches. Raises `ValueError` for bad files and labels, an empty class."
     splits = {"train": paths} if reference is None else {"train": reference, "test": paths}
     splits = {name: StoredFeatures(given, features, labels) for name, given in splits.items()}
+    if absent not in ("error", "leave out"): raise ValueError(f"absent={absent!r}: expected 'error' or 'leave out'")
     if num_classes is not None and (as_whole(num_classes) or 0) < 2:
         raise ValueError(f"the number of classes (num_classes, --num-classes) is {num_classes!r}: expected a whole "
                          "number of at least 2; leave it out for the largest label and one more")
     K = num_classes or max(2, max(int(split.labels.max()) + 1 for split in splits.values()))
-    for split in splits.values(): _check_labels(split, K)
+    for split in splits.values(): _check_labels(split, K, absent)
     W, passes = None if head is None else _head(head, (K, splits["train"].array.shape[1])), {}
     for name, split in splits.items(): passes[name] = _collect(split, K, passes.get("train"), W, progress)
     return compare_splits(passes["train"], {n: p for n, p in passes.items() if n != "train"}, head=W)
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #90c03320
-def _check_labels(split, K):
-    "Raises ValueError unless the labels are 0..K-1 and each occurs: seen before any features are read."
+def _check_labels(split, K, absent):
+    "Raises ValueError unless the labels are 0..K-1 and each occurs, if it must: seen before any features are read."
     low, high, N = split.labels.min(), split.labels.max(), len(split.labels)
     if low < 0 or high >= K: raise ValueError(f"{split.path}: labels from {low} to {high}: expected 0..{K - 1}")
+    if absent == "leave out":
+        if low < high: return
+        raise ValueError(f"{split.path}: all {N} labels are {low}: expected two classes at least")
     if K > N: raise ValueError(f"{split.path}: {K} classes, {N} samples: every class needs at least one")
     empty = (split.labels.bincount(minlength=K) == 0).nonzero().flatten().tolist()
     if not empty: return
     names = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
     raise ValueError(f"{split.path}: {len(empty)} of {K} classes have no samples ({names}): every class needs at least "
                      "one in every file; add samples, or leave these classes out of all files and number the others "
-                     "from 0")
+                     "from 0; or leave them out: --absent 'leave out'")
 
 def _update(stats, split, batches):
     "Add the batches of a file. An error names the file, and the row in the file rather than in the batch."
@@ -303,19 +312,25 @@ def _update(stats, split, batches):
 
 def _collect(split, K, base, head, progress):
     "Two passes over the features: statistics, and the nearest mean (of the base) of each sample."
-    counts = split.labels.bincount(minlength=K)
+    classes, counts = split.labels.unique(return_counts=True)         # those with samples: (K',) of K
+    place = torch.full((K,), -1).index_put((classes,), torch.arange(len(classes)))
     within = "full" if split.array.shape[1] <= 4096 else "trace"      # (D, D) in float64: 128 MB
-    counts = counts if within == "full" else None
-    stats = ClassStatistics(K, split.array.shape[1], within, counts)
+    some = classes if len(classes) < K else None
+    stats = ClassStatistics(len(classes), split.array.shape[1], within, counts if within == "full" else None)
     show = lambda: progress_bar(split, leave=False) if progress else split
-    _update(stats, split, show())
-    means = base.statistics["features"] if base else stats
+    _update(stats, split, ((H, place[y]) for H, y in show()))
+    means, names = (base.statistics["features"], base.classes) if base else (stats, some)
     if means.dim != stats.dim:
         raise ValueError(f"{split.path}: features of length {stats.dim}, in the reference of {means.dim}")
-    if head: check_head(head, stats)
-    both = [both_decisions(H, *head, means.means) if head else (nearest_centre(H, means.means),) for H, _ in show()]
-    predictions, nearest = (None, *map(torch.cat, zip(*both, strict=True)))[-2:]
-    return Collected({"features": stats}, split.labels, predictions, {}, {"features": nearest}, ("features",))
+    if head: check_head((head[0][classes], None if head[1] is None else head[1][classes]), stats)
+    def answers(H):
+        if head and names is None: return both_decisions(H, *head, means.means)
+        nearest = nearest_centre(H, means.means)
+        if names is not None: nearest = names[nearest]
+        return (classifier_decision(H, *head), nearest) if head else (nearest,)
+    predictions, nearest = (None, *map(torch.cat, zip(*(answers(H) for H, _ in show()), strict=True)))[-2:]
+    return Collected({"features": stats}, split.labels, predictions, {}, {"features": nearest}, ("features",),
+                     classes=some, num_classes=K)
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #4f457389
 def measure_command(
@@ -330,14 +345,24 @@ def measure_command(
     add("--features", metavar="NAME", help="name of the features, where a file has several arrays")
     add("--labels", metavar="NAME", help="name of the labels")
     add("--num-classes", type=int, metavar="K", help="number of classes; default the largest label and one more")
-    for kind in ("json", "csv", "html"): add(f"--{kind}", metavar="FILE", help=f"write the report as {kind.upper()}")
+    add("--absent", choices=("error", "leave out"), default="error", help="what to do with classes without samples")
+    kinds = ("json", "csv", "html")
+    for kind in kinds: add(f"--{kind}", metavar="FILE", help=f"write the report as {kind.upper()}")
     args = parser.parse_args(argv)
     try:
+        for kind in kinds: _check_place(kind, getattr(args, kind))
         report = measure_files(args.files, args.reference, head=args.head, features=args.features, labels=args.labels,
-                               num_classes=args.num_classes, progress=sys.stdout.isatty())
+                               num_classes=args.num_classes, progress=sys.stdout.isatty(), absent=args.absent)
+        print(report)
         _write(report, args)
     except (ValueError, OSError, MemoryError) as error: parser.exit(2, f"nc-measure: {error}\n")
-    print(report)
+
+def _check_place(kind, path):
+    "Raises ValueError for a file that has no folder: seen before anything is measured."
+    if path is None: return
+    path = Path(path)
+    if path.is_dir(): raise ValueError(f"--{kind} {path}: this is a folder; expected the name of a file")
+    if not path.parent.is_dir(): raise ValueError(f"--{kind} {path}: there is no folder {path.parent}; make it first")
 
 def _write(report, args):
     "The files that were asked for."
@@ -346,5 +371,7 @@ def _write(report, args):
     if args.json:
         splits = report.frame.groupby("split", sort=False)
         values = {split: dict(zip(rows.measure, rows.value, strict=True)) for split, rows in splits}
-        content = dict(num_classes=report.num_classes, measures=values, notes=report.notes)
+        reasons = {split: by_layer["features"].reasons for split, by_layer in report.measures.items()}
+        content = dict(num_classes=report.num_classes, measures=values, reasons=reasons, notes=report.notes,
+                       frame=report.frame.to_dict("records"))
         Path(args.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
