@@ -40,9 +40,9 @@ def number_targets(
     if whole is None: return False
     column = whole.ndim == 2 and whole.shape[1] == 1
     do = f"batch=lambda b: (b[0], b[1].long(){'.squeeze(1)' * column})" if column or whole.ndim == 1 else "one a sample"
-    raise ValueError(f"labels are {whole.dtype} of shape {tuple(whole.shape)} and all whole numbers, which may be "
-                     "classes or not: to predict them as numbers call measure_regression(model, train_dl, test_dl) "
-                     f"of nc_nbdev.lab.regression; classes are integers of shape (B,), {do}")
+    raise ValueError(f"labels are {whole.dtype}: expected integers of shape (B,), {do}; or, if these whole numbers of "
+                     f"shape {tuple(whole.shape)} are no classes, call measure_regression(model, train_dl, test_dl) of "
+                     "nc_nbdev.lab.regression")
 
 # %% ../../nbs/lab/22_regression.ipynb #e80f73da
 @dataclass(frozen=True, repr=False)
