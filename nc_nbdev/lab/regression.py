@@ -34,9 +34,10 @@ def number_targets(
         try: y = as_tensor(split_batch(one, model, batch)[2], "targets")
         except ValueError: return False
         if not y.is_floating_point() or y.ndim not in (1, 2) or not len(y): return False
-        soft = y.ndim == 2 and y.shape[1] > 1 and y.min() >= 0 and (y.sum(1) - 1).abs().max() < 1e-4
-        if not soft and (y != y.round()).any(): return True
-        if not soft and whole is None: whole = y
+        if whole is None and y.ndim == 2 and y.shape[1] > 1 and y.min() >= 0 and (y.sum(1) - 1).abs().max() < 1e-4:
+            return False                                     # shares of classes: one batch is enough
+        if (y != y.round()).any(): return True
+        if whole is None: whole = y
     if whole is None: return False
     column = whole.ndim == 2 and whole.shape[1] == 1
     do = f"batch=lambda b: (b[0], b[1].long(){'.squeeze(1)' * column})" if column or whole.ndim == 1 else "one a sample"
