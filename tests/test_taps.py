@@ -525,3 +525,58 @@ def test_small_networks_and_networks_that_say_so():
     assert tap_layers(nn.Sequential(nn.Linear(3, 2))) == ("0:input",)
     chain.tap_names = ["1", "4"]
     assert tap_layers(chain) == ("1", "4")
+
+
+# -- where the channels are --------------------------------------------------------------------------------------
+
+def tapped(model, layer, *shape, **pool):
+    with FeatureTaps(model, layer, **pool) as taps, torch.no_grad(): model.eval()(torch.randn(3, *shape))
+    return taps
+
+
+class Axes(nn.Module):
+    "Modules in a chain, with the axes of what the last gives in another order."
+    def __init__(self, *modules, axes): super().__init__(); self.body, self.axes = nn.Sequential(*modules), axes
+    def forward(self, x): return self.body(x).permute(self.axes)
+
+
+@pytest.mark.parametrize("module, shape, axes, sure", [
+    (nn.Conv1d(3, 6, 3), (3, 20), 2, True),
+    (nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(2)), (3, 20), 2, True),
+    (nn.Sequential(nn.Conv1d(3, 12, 3), nn.GLU(1)), (3, 20), 2, False),
+    (nn.Conv1d(3, 6, 3), (3, 8), 2, False),                                            # as many positions as channels
+    (Axes(nn.Conv1d(3, 6, 3), axes=(0, 2, 1)), (3, 20), 1, True),                      # to tokens
+    (nn.Sequential(Axes(nn.Conv1d(3, 6, 3), axes=(0, 2, 1)), nn.LayerNorm(6)), (3, 20), 1, True),
+    (Axes(nn.LayerNorm(3), axes=(0, 2, 1)), (20, 3), 2, True),
+    (nn.Linear(3, 6), (6, 3), 1, True), (nn.GRU(3, 6, batch_first=True), (9, 3), 1, True),
+    (Axes(nn.Linear(3, 6), axes=(0, 2, 1)), (20, 3), 1, False),                        # a linear layer may mix tokens
+    (nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), (6, 6), 1, True),
+    (nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2)), (3, 8, 8), 2, True),
+    (nn.Sequential(nn.Conv2d(3, 16, 2, 2), nn.Flatten(2)), (3, 8, 8), 1, False),
+    (nn.Identity(), (9, 3), 1, False),
+    (nn.Conv2d(3, 6, 3), (3, 8, 8), (2, 3), True),
+    (nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.ReLU()), (3, 4, 8), (2, 3), True),
+    (nn.Conv3d(3, 6, 3), (3, 4, 5, 6), (2, 3, 4), True),
+    (nn.Sequential(Axes(nn.Conv2d(3, 6, 3), axes=(0, 2, 3, 1)), nn.LayerNorm(6)), (3, 7, 8), (1, 2), True),
+    (nn.Linear(3, 5), (7, 8, 3), (1, 2), True),
+    (Axes(nn.Linear(3, 5), axes=(0, 3, 1, 2)), (7, 8, 3), (2, 3), True),               # as in ConvNeXt
+    (nn.Linear(3, 7), (7, 7, 3), (2, 3), False),
+])
+def test_channels_are_where_the_last_layer_put_them(module, shape, axes, sure):
+    torch.manual_seed(0)
+    model = nn.Sequential(module)
+    torch.manual_seed(1); taps = tapped(model, "0", *shape)
+    mean = lambda t: t.mean(axes)
+    torch.manual_seed(1); by_hand = tapped(model, "0", *shape, pool=mean)
+    assert torch.allclose(taps["0"], by_hand["0"], atol=1e-6)
+    assert (not taps.doubts) == sure and by_hand.doubts == {}
+    if not sure:                                                  # the note says how to have the other
+        torch.manual_seed(1)
+        pool = eval(taps.doubts["0"].partition("give pool=")[2].rstrip("."))
+        assert tapped(model, "0", *shape, pool=pool)["0"].shape[0] == 3
+
+
+def test_channels_of_what_goes_into_a_layer():
+    for head, shape, width in ((nn.Linear(6, 2), (4, 5, 6), 6), (nn.Conv2d(6, 2, 1), (6, 4, 5), 6)):
+        taps = tapped(nn.Sequential(nn.Identity(), head), "1:input", *shape)
+        assert taps["1:input"].shape == (3, width) and taps.doubts == {}

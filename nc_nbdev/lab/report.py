@@ -80,6 +80,7 @@ class Collected:
     heads: tuple[str, ...] = ()              # those of several classifiers that give the output, else all
     classes: Tensor | None = None            # those with samples, where the statistics are of these only
     num_classes: int | None = None           # K, where the statistics are of fewer
+    doubts: tuple[str, ...] = ()             # activations of which it is not sure where the channels are
 
     @property
     def accuracy(self) -> float | None:
@@ -130,7 +131,7 @@ def collect(
     layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
     tapped = tuple(dict.fromkeys((*layers, *(f"{h}:input" for h in heads), *(heads[1:] and heads))))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
-    stats, features, nearest, labels, predictions, same, seen = {}, {}, {}, [], [], layers, None
+    stats, features, nearest, labels, predictions, same, seen, doubts = {}, {}, {}, [], [], layers, None, {}
     with closing(run(model, dl, tapped, pool, **(reading or {}))) as batches:
         for taps, out, y in batches:
             fits = out.shape == (*taps.rows.shape, num_classes)
@@ -140,7 +141,7 @@ def collect(
             numbers = y if seen is None else seen(y)
             if fits and heads[1:]: heads = [h for h in heads if h in taps and _same(taps[h], out[taps.rows])] or heads
             for layer in layers:
-                H = taps[layer]
+                H, doubts[layer] = taps[layer], getattr(taps, "doubts", {}).get(layer)
                 if layer in keep: features.setdefault(layer, []).append(H)
                 elif seen is None: _update(stats, layer, H, y, num_classes, class_counts)
                 else: stats[layer] = seen.update(stats.get(layer), H, numbers)
@@ -158,7 +159,8 @@ def collect(
         y, K = (labels, num_classes) if found is None else (torch.searchsorted(found, labels), len(found))
         stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting="class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
-                     tuple(heads), None if found is None or len(found) == num_classes else found, num_classes)
+                     tuple(heads), None if found is None or len(found) == num_classes else found, num_classes,
+                     tuple(filter(None, doubts.values())))
 
 # %% ../../nbs/lab/25_report.ipynb #5c1d7e05
 def _joined(predictions):
@@ -232,7 +234,7 @@ def compare_splits(
     references: Mapping[str, str] | None = None,    # {test split: name of another}, default the train set
 ) -> CollapseReport:
     "The report of passes already made. Raises `ValueError` for an empty class, naming the split, and an unknown split."
-    splits, references, notes = {"train": train, **tests}, _references(tests, references), []
+    splits, references, notes = {"train": train, **tests}, _references(tests, references), [*train.doubts]
     heads = dict.fromkeys(train.head_layers, head)
     measures, collapse = {}, {name: {} for name in references}
     for name, split in splits.items():
@@ -478,7 +480,7 @@ def measure(
     *,
     num_classes: int | None = None,                     # K, default the outputs of the classifier
     head: str | tuple[Tensor, Tensor] | None = "auto",  # `head_name(model)`, a name, (W, b) of the last layer, or None
-    pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `FeatureTaps`: one for all, or {layer: pool}
+    pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # positions or tokens to one vector; or {layer: it}
     keep: str | Sequence[str] | None = None,            # features kept: "last", "all", "none", names; or no tokens
     references: Mapping[str, str] | None = None,        # {test split: the one it is compared with}, default "train"
     class_counts: Tensor | None = None,                 # (K,) train samples a class, default `train_dl.class_counts`

@@ -178,8 +178,9 @@ def _alike(blocks):
 # %% ../../nbs/lab/20_taps.ipynb #320ffc5d
 def pool_features(
     activation: Tensor,                                # (B, ...) floating
-    pool: str | Callable[[Tensor], Tensor] = "avg",    # "avg", "flatten", or a function to (B, D); not for (B, D)
+    pool: str | Callable[[Tensor], Tensor] = "avg",    # of positions; or "flatten", or a function to (B, D)
     rows: Tensor | None = None,                        # bool (B,) samples to keep, or (B, T): tokens, not pooled
+    channels: int | None = None,                       # their axis for "avg": 1 or -1, default -1 of three
 ) -> Tensor:                                           # (B, D) or (kept, D), detached, in memory of its own
     "Features as vectors. Raises `ValueError` for an activation or a result that has no batch of vectors."
     t = activation.detach().as_subclass(Tensor)
@@ -192,7 +193,8 @@ def pool_features(
     if t.ndim == 2 or tokens and not callable(pool): vectors = t
     elif callable(pool): vectors = pool(t)
     elif pool == "flatten": vectors = t.flatten(1)
-    else: vectors = t.mean(1) if t.ndim == 3 else t.flatten(2).mean(2)
+    elif (channels or (-1 if t.ndim == 3 else 1)) == 1: vectors = t.flatten(2).mean(2)
+    else: vectors = t.flatten(1, -2).mean(1)
     if not isinstance(vectors, Tensor): raise ValueError(f"pool gave {type(vectors).__name__}, expected Tensor (B, D)")
     expected = t.shape[:1] if rows is None else rows.shape
     if vectors.shape[:-1] != expected:
@@ -204,6 +206,52 @@ def pool_features(
 
 _argmax = ("for one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1)), for a column of labels "
            "b[1].squeeze(1)")
+
+# %% ../../nbs/lab/20_taps.ipynb #8e2b5a17
+_CONVOLVES = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
+
+def _width(m, reads=False):
+    "The width that a layer writes (or reads) and its kind: of channels at axis 1, or of features at the last; or None."
+    if isinstance(m, _CONVOLVES):
+        names = "in_channels" if reads else "out_channels", "num_features", "num_channels"
+        return next(getattr(m, n) for n in names if hasattr(m, n)), "conv1d" if "1d" in type(m).__name__ else "conv"
+    if isinstance(m, nn.Linear): return m.in_features if reads else m.out_features, "linear"
+    if isinstance(m, nn.Embedding): return m.embedding_dim, "linear"
+    if isinstance(m, nn.RNNBase): return (m.proj_size or m.hidden_size) * (1 + m.bidirectional), "linear"
+    shape = getattr(m, "normalized_shape", ())
+    return (shape[0], "norm") if len(shape) == 1 else None
+
+def _writers(model, layer):
+    "Widths and kinds of the layers that wrote what is tapped: those inside it, else the one registered before it."
+    name, reads = layer.removesuffix(":input"), layer.endswith(":input")
+    if reads and (own := _width(model.get_submodule(name), True)): return [own]
+    known = [(n, _width(m)) for n, m in model.named_modules()]
+    inside = [] if reads else [width for n, width in known if width and f"{n}.".startswith(f"{name}.")]
+    before = [width for n, width in takewhile(lambda item: item[0] != name, known) if width]
+    return inside or before[-1:]
+
+
+# %% ../../nbs/lab/20_taps.ipynb #b3f60c2d
+def _channels(t, wrote):
+    "The axis of the channels, 1 or -1, and whether that is sure."
+    if t.ndim < 3: return -1, True
+    for width, kind in reversed(wrote):
+        first, last = t.shape[1] == width, t.shape[-1] == width
+        if t.ndim > 3 and kind.startswith("conv"): return 1, True
+        mixes_tokens = first and kind == "linear" and t.ndim == 3
+        if first != last and not mixes_tokens: return 1 if first else -1, True
+    width, kind = wrote[-1] if wrote else (None, "conv")
+    if t.ndim > 3 or kind == "conv1d": return 1, False
+    return -1, kind != "conv" and (t.shape[1] != width or t.shape[-1] == width)
+
+def _doubt(t, layer, channels):
+    "What a report says where the channels may be at either axis."
+    first, last = f"(B, C{', L' if t.ndim == 3 else ', ...'})", f"(B, {'T, D' if t.ndim == 3 else '..., C'})"
+    read, other = (first, last) if channels == 1 else (last, first)
+    mean = "flatten(1, -2).mean(1)" if channels == 1 else "flatten(2).mean(2)"
+    return (f"Layer {layer}: the activation (B, {', '.join(map(str, t.shape[1:]))}) was read as {read}; if it is "
+            f"{other}, give pool={{{layer!r}: lambda t: t.{mean}}}.")
+
 
 # %% ../../nbs/lab/20_taps.ipynb #38aaa51e
 class FeatureTaps:
@@ -219,6 +267,7 @@ class FeatureTaps:
         self.pools = {layer: pools.get(layer, pools.get("default", "avg")) for layer in self.layers}
         if unknown := {*pools} - {"default", *self.layers}:
             raise ValueError(f"pool for {sorted(unknown)}: expected some of {', '.join(self.layers)}, or 'default'")
+        self._wrote, self.doubts = {layer: _writers(self.model, layer) for layer in self.layers}, {}   # layer: sentence
         self._handles = []
         self._clear()
 
@@ -235,7 +284,11 @@ class FeatureTaps:
         def keep(value):
             self._calls[layer] += 1
             if self._calls[layer] > 1: return
-            self._found[layer] = pool_features(_first_tensor(value, layer), self.pools[layer], self.rows)
+            t, pool = _first_tensor(value, layer), self.pools[layer]
+            channels, sure = _channels(t, self._wrote[layer])
+            averaged = pool == "avg" and (self.rows is None or self.rows.ndim == 1)
+            if averaged and not sure: self.doubts[layer] = _doubt(t, layer, channels)
+            self._found[layer] = pool_features(t, pool, self.rows, channels)
         module = self.model.get_submodule(layer.removesuffix(":input"))
         if not layer.endswith(":input"): return module.register_forward_hook(lambda module, args, output: keep(output))
         take = lambda module, args, kwargs: keep([*args, *kwargs.values()])
