@@ -742,3 +742,43 @@ def test_a_layer_that_is_no_classifier(data):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), Odd())
     with pytest.raises(ValueError, match="give the classifier"): measure(model, loaders(data)[0])
     assert measure(model, loaders(data)[0], head=None, num_classes=10).accuracy["train"] is not None
+
+
+def test_measuring_in_a_loop_of_ones_own_does_not_change_the_training():
+    "A loader draws the seed of its workers from the generator that shuffles and drops out."
+    def train(look):
+        torch.manual_seed(0)
+        x, y = torch.randn(40, 6), torch.arange(40) % 4
+        dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16, shuffle=True)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 4))
+        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(2):
+            for xb, yb in dl:
+                optimiser.zero_grad(); nn.functional.cross_entropy(model(xb), yb).backward(); optimiser.step()
+            look(model, dl)
+        return model[0].weight
+    assert torch.equal(train(measure), train(lambda *_: None))
+
+
+def test_a_branch_of_several_by_name():
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.shape, self.colour = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 7)
+        def forward(self, x):
+            h = self.body(x)
+            return {"colour": self.colour(h), "shape": self.shape(h)}
+    batch = [(torch.randn(40, 6), torch.arange(40) % 4)]
+    for given in ({"head": "shape"}, {"num_classes": 4}):
+        report = measure(Tasks(), batch, output="shape", **given)
+        assert report.layers == ("body", "shape:input") and report.notes == ()
+        assert report.measures["train"]["shape:input"].nc3_duality is not None
+
+
+def test_a_report_says_where_the_channels_may_be():
+    model = nn.Sequential(nn.Conv1d(3, 6, 3), nn.Flatten(), nn.Linear(36, 4))
+    batch = [(torch.randn(40, 3, 8), torch.arange(40) % 4)]
+    report = measure(model, batch, batch)
+    note, = report.notes
+    assert note.startswith("Layer 0: the activation (B, 6, 6) was read as (B, C, L)")
+    assert measure(model, batch, pool={"0": lambda t: t.mean(2)}).frame.equals(measure(model, batch).frame)

@@ -580,3 +580,32 @@ def test_channels_of_what_goes_into_a_layer():
     for head, shape, width in ((nn.Linear(6, 2), (4, 5, 6), 6), (nn.Conv2d(6, 2, 1), (6, 4, 5), 6)):
         taps = tapped(nn.Sequential(nn.Identity(), head), "1:input", *shape)
         assert taps["1:input"].shape == (3, width) and taps.doubts == {}
+
+
+# -- a classifier of several -------------------------------------------------------------------------------------
+
+class Branches(nn.Module):
+    "Two tasks with layers of their own, and a classifier for training alone that comes last."
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.shape = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4))
+        self.colour = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 7))
+        self.extra = nn.Linear(8, 4)
+    def forward(self, x):
+        h = self.body(x)
+        found = {"shape": self.shape(h), "colour": self.colour(h)}
+        return found | {"extra": self.extra(h)} if self.training else found
+
+
+@pytest.mark.parametrize("head", ["shape.2", "colour.2", "extra"])
+def test_layers_of_the_classifier_that_is_named(head):
+    layers = tap_layers(Branches(), head=head)
+    assert layers == ("body", f"{head}:input") and tap_layers(nn.DataParallel(Branches()), head=head) == layers
+
+
+def test_a_named_classifier_of_a_plain_network_changes_nothing(net):
+    resnet, vgg = torchvision.models.resnet18(), torchvision.models.vgg11()
+    for model, head in ((net, "head"), (resnet, "fc"), (vgg, "classifier.6"),
+                        (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)), "3")):
+        assert tap_layers(model, head=head) == tap_layers(model)

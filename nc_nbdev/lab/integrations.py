@@ -29,8 +29,9 @@ from torch.utils.data import (
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.statistics import ClassStatistics
 from .history import COLUMNS
-from .recorder import CollapseRecorder, clean_loader, undisturbed
+from .recorder import CollapseRecorder, clean_loader
 from .report import MEANINGS, CollapseReport
+from .taps import undisturbed
 
 # %% ../../nbs/lab/35_integrations.ipynb #ef7035e5
 def in_order(

@@ -39,6 +39,7 @@ from nc_nbdev.lab.taps import (
     output_rows,
     tap_layers,
     tapped_batches,
+    undisturbed,
     unwrap,
 )
 
@@ -411,6 +412,13 @@ def _find_head(model, head, num_classes):
     others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == len(W)]
     return (W, b), (*(n for n in others if n != name), name) if head == "auto" else (name,), len(W), None
 
+def _chosen(model, head, num_classes):
+    "The name of a classifier that the caller chose, by name or by the number of classes; else None."
+    if not isinstance(head, str): return None
+    if head != "auto": return check_layers(model, head)[0]
+    try: return None if num_classes is None else head_name(model, num_classes)
+    except ValueError: return None
+
 def _of_head(model, train, guessed, chosen):
     "(W, b) of the classifier of a pass, and what is to be said about it or None."
     name, choose, note = train.heads[-1], 'choose by head="name", num_classes= or output=', None
@@ -472,11 +480,12 @@ class _Taps(dict):
     def __init__(self, features, rows): super().__init__(features); self.rows = rows
 
 # %% ../../nbs/lab/25_report.ipynb #b261cf6b
+@undisturbed()
 def measure(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
     train_dl: Iterable,                                 # batches, as in `split_batch`; not augmented
     test_dl: Iterable | Mapping[str, Iterable] | None = None,   # the same; several by name
-    layers: str | Sequence[str] | None = None,          # as in `FeatureTaps`, default `tap_layers(model)`
+    layers: str | Sequence[str] | None = None,          # as in `FeatureTaps`, default those of `tap_layers`
     *,
     num_classes: int | None = None,                     # K, default the outputs of the classifier
     head: str | tuple[Tensor, Tensor] | None = "auto",  # `head_name(model)`, a name, (W, b) of the last layer, or None
@@ -495,7 +504,8 @@ def measure(
         raise ValueError(f"absent={absent!r}: expected 'error' or 'leave out'")
     reading = dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index)
     tied, train_dl = _tied(model, train_dl, head, reading)
-    layers = check_layers(model, layers or tap_layers(model, tied and tied.layer))
+    chosen = None if tied or layers else _chosen(model, head, num_classes)
+    layers = check_layers(model, layers or tap_layers(model, tied and tied.layer, chosen))
     if tied: Wb, heads, num_classes, note = (tied.W, tied.b), (), num_classes or len(tied.W), tied.note
     else: Wb, heads, num_classes, note = _find_head(model, head, num_classes)
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")

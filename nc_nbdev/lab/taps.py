@@ -6,12 +6,13 @@ The layers worth measuring (`tap_layers`), the classifier of a network (`head_of
 
 # %% auto #0
 __all__ = ['LABELS', 'unwrap', 'check_layers', 'head_name', 'head_of', 'tap_layers', 'pool_features', 'FeatureTaps', 'evaluating',
-           'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows', 'output_rows', 'layer_features']
+           'undisturbed', 'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows', 'output_rows', 'layer_features']
 
 # %% ../../nbs/lab/20_taps.ipynb #0f548290
 import copy
 import difflib
 import inspect
+import random
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -123,12 +125,13 @@ def _explains(out, x, W, b):
 def tap_layers(
     model: nn.Module,            # any network with a linear layer, possibly inside wrappers
     last: str | None = None,     # the layer before the classifier, where that is no module
+    head: str | None = None,     # name of the classifier, default `head_name(model)`
 ) -> tuple[str, ...]:            # names in order of depth, the last one gives the input of the classifier
     "The layers that are worth measuring, by `model.tap_names` or structure. Raises `ValueError` without a classifier."
     model = unwrap(model)
     if hasattr(model, "tap_names"): return tuple(model.tap_names)
-    head = last or head_name(model)
-    parts = list(_parts("", model, head))
+    named, head = head, last or head or head_name(model)
+    parts = [part for part in _parts("", model, head) if not (named and _beside(part, model, head))]
     leaves = takewhile(lambda part: not any(_parts(*part)), parts)
     stem = [name for name, module in leaves if not isinstance(module, nn.Embedding)][-1:]
     blocks = [name for name, _ in _blocks(parts)]
@@ -151,6 +154,14 @@ def _parts(name, module, head=""):
 def _matrices(parts):
     "The parts with a matrix or a convolution, not the normalisations."
     return [(n, m) for n, m in parts if any(p.ndim > 1 for p in m.parameters())]
+
+def _beside(part, model, head):
+    "Whether a part is another branch: it reads what the branch of the head reads, and gives another width."
+    branch = model.get_submodule(".".join(head.split(".")[:part[0].count(".") + 1]))
+    of_part, of_branch = ([m for m in module.modules() if _width(m)] for module in (part[1], branch))
+    if not (of_part and of_branch): return False
+    reads, gives = _width(of_branch[0], True), _width(of_part[-1])
+    return reads == _width(of_part[0], True) and gives[1] == "linear" and gives[0] != reads[0]
 
 def _blocks(parts):
     "The parts that have parts; inside a single one, or one that holds all the depth, those."
@@ -329,6 +340,15 @@ def evaluating(
     try: yield model.eval()
     finally:
         for module, mode in modes: module.training = mode
+
+# %% ../../nbs/lab/20_taps.ipynb #2cdfc23f
+@contextmanager
+def undisturbed():
+    "Put the generators of Python, NumPy and PyTorch back as they were."
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())): yield
+    finally: random.setstate(python); np.random.set_state(numpy)
 
 # %% ../../nbs/lab/20_taps.ipynb #1fd7d438
 LABELS = ("labels", "label", "target", "y")   # where the labels of a batch with names are, the first that is there
