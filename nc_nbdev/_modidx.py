@@ -572,6 +572,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nc_nbdev.lab.report._Taps': ('lab/report.html#_taps', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._Taps.__init__': ('lab/report.html#_taps.__init__', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._absent': ('lab/report.html#_absent', 'nc_nbdev/lab/report.py'),
+                                     'nc_nbdev.lab.report._by_name': ('lab/report.html#_by_name', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._chosen': ('lab/report.html#_chosen', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._class_counts': ('lab/report.html#_class_counts', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._compact': ('lab/report.html#_compact', 'nc_nbdev/lab/report.py'),

@@ -104,6 +104,15 @@ def test_a_training_that_goes_wrong(sets):
     with pytest.raises(ValueError): Watcher("pool").measure_epoch(net, 0, *loaders)
 
 
+def test_numbers_to_predict_are_logged():
+    x = torch.randn(40, 6)
+    loader = DataLoader(TensorDataset(x, x[:, :2] + 0.1), 20)
+    watcher = Watcher()
+    logged = watcher.measure_epoch(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), 0, loader, loader)
+    assert {"collapse/train/output/r2", "collapse/test/output/mse", "collapse/train/2:input/nrc1"} <= {*logged}
+    assert {key.split("/")[-1] for key in logged} >= {*watcher.history.measure} - {"noise"}
+
+
 def same(history, report, epoch):
     "The rows of an epoch are those of a report."
     rows = history[history.epoch == epoch].set_index(["split", "layer", "measure"]).value.to_dict()
@@ -114,7 +123,7 @@ def same(history, report, epoch):
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
 
-def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None):
+def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None, tests=None):
     import lightning as L
 
     class Module(L.LightningModule):
@@ -124,14 +133,15 @@ def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None
             self.net = Net()
 
         def training_step(self, batch, i): return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-        def validation_step(self, batch, i): pass
+        def validation_step(self, batch, i, dataloader_idx=0): pass
         def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr)
 
     module, logger = module or Module(), Kept()
     trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], logger=logger.made(), enable_checkpointing=False,
                         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     torch.manual_seed(1)
-    trainer.fit(module, DataLoader(sets[0], 100, shuffle=sampler is None, sampler=sampler), DataLoader(sets[1], 100))
+    trainer.fit(module, DataLoader(sets[0], 100, shuffle=sampler is None, sampler=sampler),
+                tests or DataLoader(sets[1], 100))
     return trainer, module, logger
 
 
@@ -183,6 +193,17 @@ def test_lightning_measures_what_the_sampler_draws_and_goes_on(sets):
         ["epoch", "split", "layer", "measure"]).any()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_with_a_list_of_validation_loaders(sets):
+    from nc_nbdev.lab.integrations import LightningCollapse
+    several, one = LightningCollapse(layers="pool"), LightningCollapse(layers="pool")
+    module = lightning_run(sets, several, epochs=1, tests=[DataLoader(s, 100) for s in sets])[1]
+    train, test = (DataLoader(s, 512) for s in sets)
+    same(several.history, measure(module.net, train, {"test0": train, "test1": test}, "pool"), 1)
+    lightning_run(sets, one, epochs=1, tests=[DataLoader(sets[1], 100)])
+    assert set(one.history.split) == {"train", "test"}
+
+
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.filterwarnings("ignore")
@@ -219,6 +240,34 @@ def test_hugging_face(reporters, data, tmp_path):
         with pytest.raises(ValueError, match="another network, a ViT.* make a new one"): fit(watcher)
         trainer.train()
         assert sorted(watcher.history.epoch.unique()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit|.*deprecated")
+@pytest.mark.parametrize("known", [False, True])
+def test_hugging_face_with_several_validation_sets(known, tmp_path):
+    import transformers
+
+    from nc_nbdev.lab.integrations import TrainerCollapse
+
+    class Model(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+        def forward(self, x, labels=None):
+            out = self.head(self.body(x).relu())
+            return out if labels is None else {"loss": nn.functional.cross_entropy(out, labels), "logits": out}
+
+    rows = [dict(x=torch.randn(6), labels=i % 4) for i in range(40)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
+    callback, sets = TrainerCollapse(), {"a": rows[:20], "b": rows[20:]}
+    trainer = transformers.Trainer(Model(), arguments, train_dataset=rows, eval_dataset=sets, callbacks=[callback])
+    if known:
+        callback.trainer = trainer
+        trainer.train()
+        assert {*callback.history.split} == {"train", "a", "b"} and {*callback.history.epoch} == {0, 1}
+        return
+    with pytest.warns(UserWarning, match="set callback.trainer = trainer, or give test_dl=") as seen: trainer.train()
+    assert len([w for w in seen if "callback.trainer" in str(w.message)]) == 1
+    assert {*callback.history.split} == {"train"}
 
 
 # -- torchmetrics ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -452,7 +453,7 @@ def test_a_recorder_that_measures_nothing_says_so(data):
         fit(learner(data, cbs=CollapseRecorder("pool", epochs=[0])), 1)
     assert {*recorder.history.epoch} == {2}
     resumed = learner(data, cbs=CollapseRecorder("pool", epochs=[2]))
-    with resumed.no_logging(), resumed.no_bar(), pytest.warns(UserWarning, match="this fit runs epochs 4 to 5"):
+    with resumed.no_logging(), pytest.warns(UserWarning, match="this fit runs epochs 4 to 5"):
         resumed.fit(5, start_epoch=3)
 
 
@@ -782,3 +783,39 @@ def test_a_report_says_where_the_channels_may_be():
     note, = report.notes
     assert note.startswith("Layer 0: the activation (B, 6, 6) was read as (B, C, L)")
     assert measure(model, batch, pool={"0": lambda t: t.mean(2)}).frame.equals(measure(model, batch).frame)
+
+
+def rows_of(recorder, measures, splits, layers=("a", "b")):
+    same = dict(run="", condition="", seed=0)
+    recorder.rows = [same | dict(epoch=e, split=s, layer=la, measure=m, value=-1.0 if m == "r2" else 1.0)
+                     for m in measures for e in (0, 1) for s in splits for la in layers]
+    return recorder
+
+
+def test_every_split_of_a_recorder_is_drawn():
+    recorder = rows_of(CollapseRecorder(), ("nc1_trace",), ("train", "val", "new"))
+    _, ax = plt.subplots()
+    lines = recorder.plot(ax=ax).lines
+    assert [line.get_linestyle() for line in lines] == ["-", "-", "--", "--", ":", ":"]
+    assert ax.get_legend().get_title().get_text() == "layer (dashed: val, dotted: new)"
+    for split in ("test", "val"):                                     # measures that the train set has not
+        recorder, (_, ax) = rows_of(CollapseRecorder(), ("strong_test_variance",), (split,)), plt.subplots()
+        assert [line.get_label() for line in recorder.plot("strong_test_variance", ax).lines] == ["a", "b"]
+        assert ax.get_legend().get_title().get_text() == f"layer (dashed: {split})"
+    recorder, (_, ax) = rows_of(CollapseRecorder(), ("nrc1", "r2"), ("train",)), plt.subplots()
+    assert recorder.plot(ax=ax).get_ylabel() == "nrc1" and recorder.plot("r2", ax).get_yscale() == "linear"
+    plt.close("all")
+
+
+def test_plots_of_accuracy_and_on_axes_that_are_too_few(net, data):
+    report = measure(net, *loaders(data))
+    ax, = report.plot("accuracy")
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[report.accuracy["train"]], [report.accuracy["test"]]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["output"]
+    with pytest.raises(ValueError, match="2 measures and 1 axes"): report.plot("nc1_trace", "nc2_etf", axes=ax)
+
+
+def test_several_test_sets_without_names(net, data):
+    test = DataLoader(TensorDataset(data.test_x, data.test_y), 100)
+    with pytest.raises(ValueError, match="list of loaders; several test sets: give {name: loader}"):
+        measure(net, test, [test, test])

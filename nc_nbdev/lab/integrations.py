@@ -8,6 +8,7 @@ Callbacks of other frameworks that measure collapse during training, `LightningC
 __all__ = ['in_order', 'Watcher', 'log_names', 'needs']
 
 # %% ../../nbs/lab/35_integrations.ipynb #5d8fb469
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.statistics import ClassStatistics
 from .history import COLUMNS
 from .recorder import CollapseRecorder, clean_loader
+from .regression import RegressionReport
 from .report import MEANINGS, CollapseReport
 from .taps import undisturbed
 
@@ -122,13 +124,13 @@ def measure_epoch(
 
 # %% ../../nbs/lab/35_integrations.ipynb #82a9c42d
 def log_names(
-    report: CollapseReport,     # of one epoch
-) -> dict[str, float]:          # collapse/split/layer/measure -> value, of the measures that a report shows first
+    report: CollapseReport | RegressionReport,   # of one epoch
+) -> dict[str, float]:          # collapse/split/layer/measure -> value, of the measures that matter most
     "The numbers for a logger."
     return _logged(report.frame)
 
 def _logged(frame):
-    rows = frame[frame.measure.isin([*MEANINGS, "accuracy"])]
+    rows = frame[frame.measure.isin([*MEANINGS, "accuracy", "mse", "r2", "nrc1", "nrc2", "nrc3"])]
     return {f"collapse/{r.split}/{r.layer}/{r.measure}": r.value for r in rows.itertuples()}
 
 # %% ../../nbs/lab/35_integrations.ipynb #3b3175b8
@@ -171,6 +173,8 @@ def _lightning():
         def _now(self, trainer, pl_module, epoch):
             if not trainer.is_global_zero: return {}            # the network has the same weights in every process
             tests = trainer.val_dataloaders
+            if isinstance(tests, (list, tuple)):
+                tests = {f"test{i}": dl for i, dl in enumerate(tests)} if len(tests) > 1 else (*tests, None)[0]
             return self.measure_epoch(_network(pl_module, package), epoch, trainer.train_dataloader, tests)
     LightningCollapse.__module__ = __name__
     return LightningCollapse
@@ -188,7 +192,8 @@ def _transformers():
 
     class TrainerCollapse(Watcher, package.TrainerCallback):
         "A callback of Hugging Face's `Trainer` that measures collapse every n epochs, on the main process."
-        trainer = None      # set it, and the numbers also go to the trainer's reporters
+        trainer = None      # set it: the numbers also go to its reporters, and its validation sets are known
+        _warned = False
 
         def on_train_begin(self, args, state, control, **now):
             self.start(now["model"], round(state.epoch or 0))
@@ -200,12 +205,20 @@ def _transformers():
 
         def _now(self, state, epoch, model, train_dataloader, eval_dataloader, **rest):
             if not state.is_world_process_zero: return
-            tests = eval_dataloader
-            if tests is None and self.trainer is not None and self.trainer.eval_dataset is not None:
-                tests = self.trainer.get_eval_dataloader()
-            logged = self.measure_epoch(model, epoch, train_dataloader, tests)
+            logged = self.measure_epoch(model, epoch, train_dataloader, self._tests(eval_dataloader))
             if self.trainer is not None: self.trainer.log(logged)
             else: state.log_history.append(logged | {"epoch": epoch, "step": state.global_step})
+
+        def _tests(self, found):
+            "The validation loaders, where `found` is the one of the last evaluation."
+            sets = None if self.trainer is None else self.trainer.eval_dataset
+            if isinstance(sets, Mapping): return {name: self.trainer.get_eval_dataloader(name) for name in sets}
+            if found is None and sets is not None: return self.trainer.get_eval_dataloader()
+            if found is self.test_loaders is self.trainer is None and not self._warned:
+                self._warned = True
+                warnings.warn("no validation loader is known before the first evaluation: set callback.trainer = "
+                              "trainer, or give test_dl=", stacklevel=2)
+            return found
     TrainerCollapse.__module__ = __name__
     return TrainerCollapse
 

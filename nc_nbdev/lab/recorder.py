@@ -10,6 +10,7 @@ __all__ = ['clean_loader', 'CollapseRecorder', 'missing_rows']
 # %% ../../nbs/lab/30_recorder.ipynb #26e41e67
 import warnings
 from contextlib import nullcontext
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -163,18 +164,25 @@ def history(self: CollapseRecorder) -> pd.DataFrame:
 @patch
 def plot(
     self: CollapseRecorder,
-    name: str = "nc1_trace",     # a measure in `history`
+    name: str | None = None,     # a measure in `history`, default NC1, or NRC1 of numbers to predict
     ax: plt.Axes | None = None,  # where to draw, default the current axes
 ) -> plt.Axes:                   # with a line a layer and split
-    "A measure of every layer over epochs, train solid and test dashed. Raises `ValueError` for an unknown measure."
-    rows = self.history.query("measure == @name and split in ('train', 'test')")
-    if rows.empty: raise ValueError(f"no {name!r} in the history; there are {sorted(self.history.measure.unique())}")
-    ax, layers = ax or plt.gca(), list(rows.layer.unique())
+    "A measure of every layer over epochs, train solid, others dashed. Raises `ValueError` for an unknown measure."
+    there = sorted(self.history.measure.unique())
+    name = name or ("nrc1" if "nrc1" in there else "nc1_trace")
+    rows = self.history.query("measure == @name")
+    if rows.empty: raise ValueError(f"no {name!r} in the history; there are {there}")
+    ax, layers, splits = ax or plt.gca(), list(rows.layer.unique()), list(rows.split.unique())
+    lines = {"train": ("-", "solid")} | dict(zip([s for s in splits if s != "train"], cycle(_DASHES), strict=False))
     colours = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers))), strict=True))
     for (layer, split), curve in rows.groupby(["layer", "split"], sort=False):
-        ax.plot(curve.epoch, curve.value, "-" if split == "train" else "--", color=colours[layer],
-                label=layer if split == "train" else None)
+        ax.plot(curve.epoch, curve.value, lines[split][0], color=colours[layer],
+                label=layer if split == splits[0] else None)
     epoch_axis(ax, rows.epoch.max() or 1)
-    ax.set(yscale="log", ylabel=name)
-    ax.legend(title="layer (dashed: test)", fontsize=8)
+    ax.set(yscale="linear" if (rows.value < 0).any() else "log", ylabel=name)
+    dashed = ", ".join(f"{dash}: {split}" for split, (_, dash) in lines.items() if split != "train")
+    ax.legend(title=f"layer ({dashed})" if dashed else "layer", fontsize=8)
     return ax
+
+_DASHES = ("--", "dashed"), (":", "dotted"), ("-.", "dash-dotted")
+

@@ -346,17 +346,20 @@ def plot(
     axes: Sequence[plt.Axes] | None = None,   # where to draw, one for each measure, default a new row
 ) -> Sequence[plt.Axes]:
     "Measures by layer, a line a split, train solid. Raises `ValueError` for a measure that the report does not have."
-    table = self.frame.pivot(index="layer", columns=["measure", "split"], values="value").reindex(self.layers)
+    table = self.frame.pivot(index="layer", columns=["measure", "split"], values="value")
     there = table.columns.unique("measure")
     names = names or _drawn(self)
     if not names: raise ValueError(f"no measure of a layer to draw in this report; there are {sorted(there)}")
     if wrong := {*names} - {*there}: raise ValueError(f"no {sorted(wrong)} in this report; there are {sorted(there)}")
     if axes is None: _, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), squeeze=False)
-    for name, ax in zip(names, axes := np.ravel(axes), strict=True):
-        for split, values in table[name].items():
+    if len(axes := np.ravel(axes)) != len(names):
+        raise ValueError(f"{len(names)} measures and {len(axes)} axes: expected one of axes for each measure")
+    for name, ax in zip(names, axes, strict=True):
+        shown = table[name].reindex(["output"] if name == "accuracy" else self.layers)
+        for split, values in shown.items():
             ax.plot(range(len(values)), values, "-o" if split == "train" else "--o", label=str(split), markersize=4)
         ax.set(ylabel=name, xlabel="layer, in order of depth")
-        ax.set_xticks(range(len(table)), table.index, rotation=30, ha="right", fontsize=8, parse_math=False)
+        ax.set_xticks(range(len(shown)), shown.index, rotation=30, ha="right", fontsize=8, parse_math=False)
         if name.endswith(("trace", "variance")): ax.set_yscale("log")
         ax.legend(fontsize=8)
     return axes
@@ -509,7 +512,7 @@ def measure(
     if tied: Wb, heads, num_classes, note = (tied.W, tied.b), (), num_classes or len(tied.W), tied.note
     else: Wb, heads, num_classes, note = _find_head(model, head, num_classes)
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
-    tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
+    tests = _by_name(test_dl)
     bases, given = _references(tests, references), layers[-1:] if Wb and not heads else ()
     if tied: given = tuple({tied.layer} & {*layers})
     run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
@@ -531,6 +534,12 @@ def measure(
     return replace(report, notes=(*([note] if note else ()), *report.notes))
 
 # %% ../../nbs/lab/25_report.ipynb #bde5c099
+def _by_name(test_dl):
+    "Test loaders by name."
+    if isinstance(test_dl, (list, tuple)) and any(hasattr(dl, "dataset") for dl in test_dl):
+        raise ValueError(f"test_dl is a {type(test_dl).__name__} of loaders; several test sets: give {{name: loader}}")
+    return test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
+
 def _kept(layers, keep):
     "The layers that `keep` means."
     kept = {"last": layers[-1:], "all": layers, "none": ()}.get(keep, (keep,)) if isinstance(keep, str) else keep
