@@ -48,6 +48,18 @@ task = probes.FeatureTask(H, y, y, H, y, y)
 table = history.as_history([dict(epoch=e, split=s, layer="a", measure="accuracy", value=0.5)
                             for e in (1, 2) for s in ("train", "test")])
 
+
+class Turned(nn.Module):
+    "Gives (T, B, D) of (B, T, D)."
+    def forward(self, x): return x.transpose(0, 1)
+
+
+def metric(*arguments, **more):
+    pytest.importorskip("torchmetrics")
+    from nc_nbdev.lab.integrations import CollapseMetric
+    return CollapseMetric(*arguments, **more)
+
+
 WRONG = {}   # "function: what is wrong" -> (call, what the error says, its type)
 
 
@@ -392,6 +404,35 @@ for what, call, says in (
     ("measure: a pool of no layer", lambda: nc.measure(net, batch, pool={"9": "avg"}), r"pool for \['9'\]: expected"),
     ("measure: output", lambda: nc.measure(net, batch, output="z"), "output='z': not in what the network gives"),
     ("measure: next_token", lambda: nc.measure(net, batch, next_token=True), r"expected \(B, T\) for both"),
+    ("measure: bytes", lambda: nc.measure(net, [(H.byte(), y)]),
+     r"inputs are torch.uint8, the weights torch.float32: convert.*b\[0\].float\(\) / 255"),
+    ("measure: whole numbers", lambda: nc.measure(net, [(H.long(), y)]), "inputs are torch.int64, the weights torch.fl"),
+    ("measure: a lazy layer", lambda: nc.measure(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3)), batch),
+     "0.weight has no shape yet.*run one batch through it first"),
+    ("measure: a lazy classifier", lambda: nc.measure(nn.Sequential(nn.Linear(4, 5), nn.LazyLinear(3)), batch),
+     "1.weight has no shape yet"),
+    ("measure: no weights", lambda: nc.measure(nn.Sequential(nn.Linear(4, 3, device="meta")), batch),
+     "weights of this Sequential are on meta and have no values: load them"),
+    ("measure: a layer alone", lambda: nc.measure(net[2], [(torch.randn(12, 5), y)]),
+     r"Linear has no layers inside: wrap it, nn.Sequential\(model\), or call measure_features"),
+    ("measure: no linear layer", lambda: nc.measure(nn.Sequential(nn.Conv2d(1, 3, 3)), batch, head=(W, b)),
+     "has no nn.Linear and no 1x1 convolution at its end: name the layers to measure, layers="),
+    ("measure: fewer labels", lambda: nc.measure(net, [(H, y[:9])]), "a batch has 12 inputs and 9 labels"),
+    ("measure: time first", lambda: nc.measure(nn.Sequential(Turned(), nn.Linear(4, 3)), [(torch.randn(12, 5, 4), y)]),
+     r"if it is \(T, B, D\), give pool=lambda t: t.mean\(0\)"),
+    ("measure: one output", lambda: nc.measure(nn.Sequential(nn.Linear(4, 1)), [(H, y % 2)]),
+     "the classifier has 1 output: for two classes pass num_classes=2 .* call measure_regression"),
+    ("measure: one class", lambda: nc.measure(net, batch, [(H, 0 * y + 2)], absent="leave out"),
+     "only one class has samples, 2: collapse compares at least two"),
+    ("measure: a list of loaders", lambda: nc.measure(net, batch, [torch.utils.data.DataLoader(batch)] * 2),
+     "test_dl is a list of loaders; several test sets: give {name: loader}"),
+    ("compare: a table", lambda: (found := nc.measure(net, batch)).compare(found.frame),
+     "a DataFrame to compare with: expected a report"),
+    ("CollapseMetric: classes", lambda: metric(1, 5), "num_classes is 1: expected the number of classes"),
+    ("CollapseMetric: a word", lambda: metric("4", 5), "num_classes is '4'"),
+    ("CollapseMetric: dim", lambda: metric(4, 0), "dim is 0: expected the length of a feature vector"),
+    ("CollapseMetric: a layer", lambda: metric(3, 5, head=net[2]), "head is a Linear: expected a function of no"),
+    ("CollapseMetric: a pair", lambda: metric(3, 5, head=(W, b)), "head is a tuple: expected a function of no"),
     ("measure: references", lambda: nc.measure(net, batch, {"a": batch}, references={"b": "train"}), "expected names"),
     ("FeatureTaps: layers", lambda: taps.FeatureTaps(net, None), "layers=None: expected the name of a layer"),
     ("FeatureTaps: numbers", lambda: taps.FeatureTaps(net, [3]), r"layers=\[3\]: expected the name of a layer"),
@@ -647,3 +688,8 @@ def test_features_in_memory_are_not_copied():
 def test_a_batch_of_which_everything_is_ignored_changes_nothing():
     report, padded = nc.measure(net, batch), nc.measure(net, [*batch, (H, 0 * y - 100)])
     assert padded.frame.equals(report.frame)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int16"])
+def test_labels_of_any_whole_type(dtype):
+    assert nc.measure(net, [(H, y.numpy().astype(dtype))]).frame.equals(nc.measure(net, batch).frame)

@@ -819,3 +819,25 @@ def test_several_test_sets_without_names(net, data):
     test = DataLoader(TensorDataset(data.test_x, data.test_y), 100)
     with pytest.raises(ValueError, match="list of loaders; several test sets: give {name: loader}"):
         measure(net, test, [test, test])
+
+
+def test_what_is_missing_is_said_once_with_its_reason(net, data):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    with torch.no_grad(): flat[1].bias.fill_(-1e3)
+    notes = measure(flat, *loaders(data), layers=("2", "3:input")).notes
+    notes = [note for note in notes if note.startswith("Without NC1 or NC2")]
+    assert len(notes) == 1 and "2 (train), 3:input (train), 2 (test)" in notes[0] and "class means coincide" in notes[0]
+    report = measure(net, *loaders(data))
+    assert report.notes == ()
+    reasons = report.measures["train"][report.layers[0]].reasons
+    assert reasons["nc3_duality"] == f"the classifier (head) reads {report.layers[-1]}"
+    without = measure(net, loaders(data)[0], head=None, num_classes=10).measures["train"][report.layers[0]].reasons
+    assert without["nc3_duality"].startswith("needs the classifier")
+
+
+def test_options_for_classes_are_not_for_numbers():
+    x = torch.randn(40, 6)
+    model, batch = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), [(x, x[:, 0] + 0.1)]
+    assert measure(model, batch).notes == ()
+    note, = measure(model, batch, keep="all", absent="error", ignore_index=3).notes
+    assert note == "Not used for numbers to predict: keep, ignore_index, absent."

@@ -248,8 +248,12 @@ def _torchmetrics():
             head: Callable | None = None,   # gives the classifier (W, b), asked when the measures are computed
         ):
             super().__init__()
-            self.head = head
-            self.add_state("state", torch.zeros(num_classes, dim + 2, dtype=torch.float64), dist_reduce_fx=_merge)
+            if head is not None and (not callable(head) or isinstance(head, torch.nn.Module)):
+                raise ValueError(f"head is a {type(head).__name__}: expected a function of no arguments that gives "
+                                 "(W, b), as lambda: (fc.weight, fc.bias)")
+            self.head, empty = head, ClassStatistics(num_classes, dim)      # which says what is wrong with K and D
+            zeros = torch.zeros(empty.num_classes, empty.dim + 2, dtype=torch.float64)
+            self.add_state("state", zeros, dist_reduce_fx=_merge)
 
         def update(self, features: Tensor, labels: Tensor):
             self.state = _merge([self.state, _batch(self.state, features, labels)])

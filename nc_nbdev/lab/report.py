@@ -155,6 +155,8 @@ def collect(
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
     if classes is not None: nearest = {layer: classes[numbers] for layer, numbers in nearest.items()}
     found, order = (None, None) if seen is None else seen.classes.sort()
+    if found is not None and len(found) == 1:
+        raise ValueError(f"only one class has samples, {found.item()}: collapse compares at least two")
     if found is not None: stats = {layer: stat.take(order) for layer, stat in stats.items()}
     for layer, H in features.items():
         y, K = (labels, num_classes) if found is None else (torch.searchsorted(found, labels), len(found))
@@ -242,6 +244,7 @@ def compare_splits(
         base = splits[references.get(name, name)]
         try: measures[name] = {la: _measure_layer(split, la, base, heads.get(la)) for la in split.statistics}
         except ValueError as e: raise ValueError(f"{name} set: {e}" + _hint * ("no samples" in str(e))) from e
+        if head is not None: measures[name] = {la: _unread(m, la, train) for la, m in measures[name].items()}
         if split.classes is not None: notes.append(f"{name} set: {_absent(split)}")
         if base is not split and (new := len(split.labels) - len(split.labels[_known(split, base)])):
             notes.append(f"{name} set: {new} samples are of classes that the {references[name]} set lacks; NC4, "
@@ -249,6 +252,7 @@ def compare_splits(
     for name, layer in ((n, la) for n in references for la in train.statistics):
         try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
         except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
+    notes += _missing(measures)
     accuracy, stats = {name: split.accuracy for name, split in splits.items()}, train.statistics
     num_classes = train.num_classes or next(iter(stats.values())).num_classes
     return CollapseReport(num_classes, tuple(stats), measures, collapse, accuracy, references, tuple(notes))
@@ -256,6 +260,21 @@ def compare_splits(
 _hint = ', or leave them out: absent="leave out"'
 
 # %% ../../nbs/lab/25_report.ipynb #3983792e
+def _unread(m, layer, train):
+    "The measures of a layer; where another is the input of the classifier, that is why some are missing."
+    if layer in train.head_layers: return m
+    reads = ", ".join(train.head_layers or [f"{head}:input" for head in train.heads[-1:]])
+    return replace(m, reasons={k: f"the classifier (head) reads {reads}" if why.startswith("needs the classifier") else why
+                               for k, why in m.reasons.items()})
+
+def _missing(measures):
+    "Sentences on layers without NC1 or NC2, one for each reason."
+    found = defaultdict(list)
+    for split, layer, m in ((split, la, m) for split, by_layer in measures.items() for la, m in by_layer.items()):
+        why = m.reasons.get("nc1_trace") or m.reasons.get("nc2_etf")
+        if why: found[why].append(f"{layer} ({split})")
+    return [f"Without NC1 or NC2: {', '.join(where)}; {why}." for why, where in found.items()]
+
 def _absent(split):
     "Which classes have no samples."
     K, few = split.num_classes, torch.ones(split.num_classes, dtype=torch.bool)
@@ -389,6 +408,7 @@ def compare(
     other: CollapseReport,   # of another network, or of this one at another time
 ) -> pd.DataFrame:
     "Both reports, one row a split, layer and measure, with the ratio of other to this. Empty where only one has it."
+    if not hasattr(other, "frame"): raise ValueError(f"a {type(other).__name__} to compare with: expected a report")
     keys = ["split", "layer", "measure"]
     values = {name: report.frame.set_index(keys).value for name, report in (("this", self), ("other", other))}
     order = values["this"].index.append(values["other"].index).unique()
@@ -505,6 +525,9 @@ def measure(
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
     if absent not in (None, "error", "leave out"):
         raise ValueError(f"absent={absent!r}: expected 'error' or 'leave out'")
+    for_classes = dict(num_classes=num_classes, keep=keep, references=references, class_counts=class_counts,
+                       next_token=next_token or None, ignore_index=None if ignore_index == -100 else ignore_index,
+                       absent=absent)
     reading = dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index)
     tied, train_dl = _tied(model, train_dl, head, reading)
     chosen = None if tied or layers else _chosen(model, head, num_classes)
@@ -518,10 +541,14 @@ def measure(
     run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
                   keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading,
                   run=_OnePass(train_dl, tests.values()))
-    try: passes = {"train": run(train_dl, class_counts=class_counts)}
+    try:
+        if num_classes == 1: raise ValueError(_one_output)
+        passes = {"train": run(train_dl, class_counts=class_counts)}
     except ValueError:
         if not number_targets(train_dl, model, batch): raise
-        return measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
+        found = measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
+        unused = ", ".join(name for name, value in for_classes.items() if value is not None)
+        return replace(found, notes=(*found.notes, *[f"Not used for numbers to predict: {unused}."] * bool(unused)))
     passes |= {n: run(tests[n]) for n in tests if n not in bases}
     for n, base in bases.items():
         passes[n] = run(tests[n], reference=passes[base].statistics, classes=passes[base].classes)
@@ -534,6 +561,9 @@ def measure(
     return replace(report, notes=(*([note] if note else ()), *report.notes))
 
 # %% ../../nbs/lab/25_report.ipynb #bde5c099
+_one_output = ("the classifier has 1 output: for two classes pass num_classes=2 (NC3 and NC4 need two outputs); for "
+               "numbers to predict call measure_regression")
+
 def _by_name(test_dl):
     "Test loaders by name."
     if isinstance(test_dl, (list, tuple)) and any(hasattr(dl, "dataset") for dl in test_dl):

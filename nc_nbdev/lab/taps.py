@@ -40,6 +40,18 @@ def unwrap(
         model = model.module if isinstance(model, parallel) else model._orig_mod
     return model
 
+# %% ../../nbs/lab/20_taps.ipynb #a7e40b15
+def _ready(model, values=True):
+    "The network inside wrappers. Raises `ValueError` for weights without a shape, or (if asked) without values."
+    model = unwrap(model)
+    if lazy := [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
+        raise ValueError(f"{lazy[0]} has no shape yet, as all weights of lazy layers: run one batch through it first")
+    on_meta = [p.is_meta for p in model.parameters()]
+    if values and on_meta and all(on_meta):
+        raise ValueError(f"the weights of this {type(model).__name__} are on meta and have no values: load them")
+    return model
+
+
 # %% ../../nbs/lab/20_taps.ipynb #de2256ca
 def check_layers(
     model: nn.Module,             # possibly inside DataParallel or torch.compile
@@ -51,6 +63,9 @@ def check_layers(
         raise ValueError(f"layers={layers!r}: expected the name of a layer, or several")
     layers = tuple(layers)
     names = [n for n, _ in unwrap(model).named_modules() if n]
+    if not names:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no layers inside: wrap it, nn.Sequential(model), or call "
+                         "measure_features for features in memory")
     for layer in layers:
         if (name := layer.removesuffix(":input")) in names: continue
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:8]
@@ -66,7 +81,7 @@ def head_name(
     num_classes: int | None = None,  # K: a layer with K outputs is preferred
 ) -> str:                            # as in `named_modules()` of the network inside
     "The name of the last `nn.Linear`, or of a 1x1 convolution or the like if last. Raises `ValueError` without one."
-    named = [(n, m) for n, m in unwrap(model).named_modules() if n or not _custom(m)]
+    named = [(n, m) for n, m in _ready(model, values=False).named_modules() if n or not _custom(m)]
     layers = [(n, m) for n, m in named if _rows(m) is not None]
     heads = [(n, m) for n, m in layers if isinstance(m, nn.Linear) or m is layers[-1][1] and _may_be_head(m)]
     if not heads:
@@ -91,7 +106,7 @@ def head_of(
 ) -> tuple[Tensor, Tensor]:   # W (K, D) and b (K,), zeros for a layer without bias; copies
     "The classifier's weights. Raises `ValueError` where there is none, or the layer is not linear."
     name = check_layers(model, name)[0] if name else head_name(model)
-    layer = unwrap(model).get_submodule(name)
+    layer = _ready(model).get_submodule(name)
     if _custom(layer): return _directions(layer, name)
     if not isinstance(layer, nn.Linear) and layer.kernel_size != (1, 1):
         raise ValueError(f"head {name!r}: {type(layer).__name__}, expected nn.Linear or a 1x1 convolution")
@@ -130,7 +145,7 @@ def tap_layers(
     "The layers that are worth measuring, by `model.tap_names` or structure. Raises `ValueError` without a classifier."
     model = unwrap(model)
     if hasattr(model, "tap_names"): return tuple(model.tap_names)
-    named, head = head, last or head or head_name(model)
+    named, head = head, last or head or _classifier(model)
     parts = [part for part in _parts("", model, head) if not (named and _beside(part, model, head))]
     leaves = takewhile(lambda part: not any(_parts(*part)), parts)
     stem = [name for name, module in leaves if not isinstance(module, nn.Embedding)][-1:]
@@ -139,6 +154,12 @@ def tap_layers(
     many = len(layers) > 5 and not _alike(_blocks(parts))
     few = [(len(layers) + 1) * i // 4 - 1 for i in (1, 2, 3)] if many else range(len(layers))
     return (*(stem if blocks else ()), *(layers[i] for i in few), last or f"{head}:input")
+
+def _classifier(model):
+    try: return head_name(model)
+    except ValueError as e:
+        if "has no nn.Linear" not in str(e): raise
+        raise ValueError(f"{str(e).partition(':')[0]}: name the layers to measure, layers=") from e
 
 def _parts(name, module, head=""):
     "Names and modules with weights inside `module`, up to the head; of a list and of what holds the head, those in it."
@@ -209,11 +230,17 @@ def pool_features(
     if not isinstance(vectors, Tensor): raise ValueError(f"pool gave {type(vectors).__name__}, expected Tensor (B, D)")
     expected = t.shape[:1] if rows is None else rows.shape
     if vectors.shape[:-1] != expected:
-        why = "" if rows is None else f", one for each of the labels {tuple(rows.shape)}; {_argmax}"
+        why = "" if rows is None else f", one for each of the labels {tuple(rows.shape)}; {_unlike(t, rows)}"
         raise ValueError(f"pooling {tuple(t.shape)} gave {tuple(vectors.shape)}, expected {(*expected, 'D')}{why}")
     if tokens or rows is not None and not rows.all(): return vectors[rows]
     own = vectors.untyped_storage().data_ptr() != activation.untyped_storage().data_ptr()
     return vectors if own else vectors.clone()
+
+def _unlike(t, rows):
+    "What may be wrong where an activation does not fit the labels."
+    if rows.ndim > 1: return _argmax
+    if t.ndim == 3 and t.shape[1] == len(rows): return "if it is (T, B, D), give pool=lambda t: t.mean(0)"
+    return f"a batch has {len(t)} inputs and {len(rows)} labels"
 
 _argmax = ("for one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1)), for a column of labels "
            "b[1].squeeze(1)")
@@ -426,7 +453,7 @@ def tapped_batches(
     "Run the network over a loader. Raises `ValueError` for unknown layers, a loader that augments or has no batches."
     if getattr(dl, "augment", None): raise ValueError(f"augment={dl.augment!r}: measure samples as they are")
     if getattr(dl, "drop_last", False): warnings.warn("drop_last=True leaves samples out of the measure", stacklevel=3)
-    model, y = unwrap(model), None
+    model, y, some = _ready(model), None, False
     if not isinstance(dl, Iterable): raise ValueError(f"the loader is {dl!r}: expected batches, as of a DataLoader")
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     epoch = getattr(dl, "epoch", None)
@@ -434,17 +461,30 @@ def tapped_batches(
         with evaluating(model), FeatureTaps(model, layers, pool) as taps:
             for item in dl:
                 inputs, named, y = _placed(split_batch(item, model, batch), weight)
-                y, seen = _targets(as_tensor(y, "labels").to(weight.device), named.get("attention_mask"), next_token)
+                y = as_tensor(y, "labels").to(weight.device)
+                if "uint" in str(y.dtype): y = y.long()           # PyTorch compares few of these
+                y, seen = _targets(y, named.get("attention_mask"), next_token)
                 taps.rows = seen & (y.long() != ignore_index)
-                with torch.no_grad(), torch.autocast(weight.device.type, enabled=False): out = model(*inputs, **named)
-                out = _pick(out, output)
+                some = some or bool(taps.rows.any())
+                out = _pick(_run(model, inputs, named, weight), output)
                 if y.ndim > 1 and out.shape == y.shape: raise ValueError(f"a label for each output: {_argmax}")
                 yield taps, out, y[taps.rows]
     finally:
         if epoch is not None and hasattr(dl, "set_epoch"): dl.set_epoch(epoch)
     if y is None: raise ValueError("the loader gave no batches")
+    if not some: raise ValueError(f"all labels are ignored ({ignore_index}) or masked: expected at least one sample")
 
 # %% ../../nbs/lab/20_taps.ipynb #9ea95ac6
+def _run(model, inputs, named, weight):
+    "What the network gives, without gradients and in the precision of its weights."
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False): return model(*inputs, **named)
+    except RuntimeError as e:
+        whole = [t.dtype for t in (*inputs, *named.values()) if isinstance(t, Tensor) and not t.is_floating_point()]
+        if not whole or "type" not in str(e) and "not implemented for" not in str(e): raise
+        raise ValueError(f"inputs are {whole[0]}, the weights {weight.dtype}: convert the inputs, those of images by "
+                         "batch=lambda b: (b[0].float() / 255, b[1])") from e
+
 def _targets(y, mask, next_token):
     "Labels (B,) or (B, T), those of the next position if asked for, and which of them the mask lets be seen."
     if y.ndim > 1 and y.is_floating_point(): raise ValueError(f"labels are {y.dtype}, {tuple(y.shape)}: {_argmax}")
@@ -496,14 +536,13 @@ def output_rows(
     output: str | int | None = None,   # as in `tapped_batches`
 ) -> OutputRows | None:
     "Which of the last layers gives the output by rows of `loose_rows`, found on one batch."
-    model, ran = unwrap(model), deque(maxlen=12)
+    model, ran = _ready(model), deque(maxlen=12)
     def keep(name): return lambda module, args, out: ran.append((name, out)) if isinstance(out, Tensor) else None
     handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n]
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     inputs, named, _ = _placed(split_batch(item, model, batch), weight)
     try:
-        with evaluating(model), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            out = _pick(model(*inputs, **named), output)
+        with evaluating(model): out = _pick(_run(model, inputs, named, weight), output)
     finally:
         for handle in handles: handle.remove()
     fits = [(n, W.detach()) for n, W in loose_rows(model) if len(W) == out.shape[-1]]
