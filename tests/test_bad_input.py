@@ -406,7 +406,7 @@ for what, call, says in (
     ("measure: next_token", lambda: nc.measure(net, batch, next_token=True), r"expected \(B, T\) for both"),
     ("measure: bytes", lambda: nc.measure(net, [(H.byte(), y)]),
      r"inputs are torch.uint8, the weights torch.float32: convert.*b\[0\].float\(\) / 255"),
-    ("measure: whole numbers", lambda: nc.measure(net, [(H.long(), y)]), "inputs are torch.int64, the weights torch.fl"),
+    ("measure: whole numbers", lambda: nc.measure(net, [(H.long(), y)]), "inputs are torch.int64, the weights"),
     ("measure: a lazy layer", lambda: nc.measure(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 3)), batch),
      "0.weight has no shape yet.*run one batch through it first"),
     ("measure: a lazy classifier", lambda: nc.measure(nn.Sequential(nn.Linear(4, 5), nn.LazyLinear(3)), batch),

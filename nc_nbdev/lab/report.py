@@ -264,8 +264,8 @@ def _unread(m, layer, train):
     "The measures of a layer; where another is the input of the classifier, that is why some are missing."
     if layer in train.head_layers: return m
     reads = ", ".join(train.head_layers or [f"{head}:input" for head in train.heads[-1:]])
-    return replace(m, reasons={k: f"the classifier (head) reads {reads}" if why.startswith("needs the classifier") else why
-                               for k, why in m.reasons.items()})
+    missing = [k for k, why in m.reasons.items() if why.startswith("needs the classifier")]
+    return replace(m, reasons=m.reasons | dict.fromkeys(missing, f"the classifier (head) reads {reads}"))
 
 def _missing(measures):
     "Sentences on layers without NC1 or NC2, one for each reason."
