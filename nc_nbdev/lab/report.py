@@ -407,7 +407,7 @@ def compare(
     self: CollapseReport,
     other: CollapseReport,   # of another network, or of this one at another time
 ) -> pd.DataFrame:
-    "Both reports, one row a split, layer and measure, with the ratio of other to this. Empty where only one has it."
+    "Both reports, a row a split, layer and measure, and the ratio of other to this. Raises `ValueError` for no report."
     if not hasattr(other, "frame"): raise ValueError(f"a {type(other).__name__} to compare with: expected a report")
     keys = ["split", "layer", "measure"]
     values = {name: report.frame.set_index(keys).value for name, report in (("this", self), ("other", other))}
