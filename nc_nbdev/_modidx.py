@@ -558,6 +558,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nc_nbdev.lab.report.Collected': ('lab/report.html#collected', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report.Collected.accuracy': ( 'lab/report.html#collected.accuracy',
                                                                                  'nc_nbdev/lab/report.py'),
+                                     'nc_nbdev.lab.report.RegressionReport.plot': ( 'lab/report.html#regressionreport.plot',
+                                                                                    'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._OnePass': ('lab/report.html#_onepass', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._OnePass.__call__': ( 'lab/report.html#_onepass.__call__',
                                                                                 'nc_nbdev/lab/report.py'),

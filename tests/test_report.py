@@ -841,3 +841,12 @@ def test_options_for_classes_are_not_for_numbers():
     assert measure(model, batch).notes == ()
     note, = measure(model, batch, keep="all", absent="error", ignore_index=3).notes
     assert note == "Not used for numbers to predict: keep, ignore_index, absent."
+
+
+def test_a_report_of_numbers_draws_itself():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    report = measure(net, DataLoader(TensorDataset(torch.randn(40, 4), torch.randn(40, 2)), 10))
+    nrc1, r2 = report.plot("nrc1", "r2")
+    assert [len(ax.lines) for ax in (nrc1, r2)] == [1, 1] and len(r2.lines[0].get_ydata()) == 1
+    assert report.plot()[0].get_ylabel() == "nrc1"
+    plt.close("all")

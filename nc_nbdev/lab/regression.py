@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..geometry.regression import RegressionStatistics, nrc1, nrc2, nrc3
 from ..geometry.statistics import as_tensor
-from .taps import check_layers, head_of, split_batch, tap_layers, tapped_batches, unwrap
+from .taps import check_layers, head_of, split_batch, tap_layers, tapped_batches, undisturbed, unwrap
 
 # %% ../../nbs/lab/22_regression.ipynb #22bc17bf
 def number_targets(
@@ -89,7 +89,8 @@ def compare_reports(
     this,    # a report, with `frame`: columns split, layer, measure, value
     other,   # a report of another network, or of this one at another time
 ) -> pd.DataFrame:
-    "Both reports, one row a split, layer and measure, with the ratio of other to this. Empty where only one has it."
+    "Both reports, a row a split, layer and measure, and the ratio of other to this. Raises `ValueError` for no report."
+    if not hasattr(other, "frame"): raise ValueError(f"a {type(other).__name__} to compare with: expected a report")
     keys = ["split", "layer", "measure"]
     values = {name: report.frame.set_index(keys).value for name, report in (("this", this), ("other", other))}
     order = values["this"].index.append(values["other"].index).unique()
@@ -98,6 +99,7 @@ def compare_reports(
 
 
 # %% ../../nbs/lab/22_regression.ipynb #86757c2d
+@undisturbed()
 def measure_regression(
     model: nn.Module,                                   # any network; runs in evaluation mode and is left as it was
     train_dl: Iterable,                                 # batches of inputs and targets (B, n) or (B,); read twice

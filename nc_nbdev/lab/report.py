@@ -30,7 +30,7 @@ from ..geometry.generalization import TestCollapse, test_collapse, test_collapse
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
-from .regression import RegressionReport, measure_regression, number_targets
+from .regression import RegressionReport, compare_reports, measure_regression, number_targets
 from nc_nbdev.lab.taps import (
     check_layers,
     head_name,
@@ -360,8 +360,8 @@ def _repr_html_(self: CollapseReport) -> str:
 # %% ../../nbs/lab/25_report.ipynb #15c92ced
 @patch
 def plot(
-    self: CollapseReport,
-    *names: str,   # measures in `frame`, default NC1, NC2 and the accuracy of the nearest class mean, those there are
+    self: CollapseReport | RegressionReport,
+    *names: str,   # measures in `frame`, default NC1, NC2 and nearest-centre accuracy, or NRC1, those there are
     axes: Sequence[plt.Axes] | None = None,   # where to draw, one for each measure, default a new row
 ) -> Sequence[plt.Axes]:
     "Measures by layer, a line a split, train solid. Raises `ValueError` for a measure that the report does not have."
@@ -374,7 +374,7 @@ def plot(
     if len(axes := np.ravel(axes)) != len(names):
         raise ValueError(f"{len(names)} measures and {len(axes)} axes: expected one of axes for each measure")
     for name, ax in zip(names, axes, strict=True):
-        shown = table[name].reindex(["output"] if name == "accuracy" else self.layers)
+        shown = table[name].reindex(["output"] if name in ("accuracy", "mse", "r2") else self.layers)
         for split, values in shown.items():
             ax.plot(range(len(values)), values, "-o" if split == "train" else "--o", label=str(split), markersize=4)
         ax.set(ylabel=name, xlabel="layer, in order of depth")
@@ -384,7 +384,7 @@ def plot(
     return axes
 def _drawn(report):
     "What is drawn of a report unless told: of dead layers there is no NC1."
-    return [name for name in ("nc1_trace", "nc2_etf", "ncc_accuracy") if (report.frame.measure == name).any()]
+    return [name for name in ("nc1_trace", "nc2_etf", "ncc_accuracy", "nrc1") if (report.frame.measure == name).any()]
 
 # %% ../../nbs/lab/25_report.ipynb #88268f07
 @patch
@@ -408,12 +408,7 @@ def compare(
     other: CollapseReport,   # of another network, or of this one at another time
 ) -> pd.DataFrame:
     "Both reports, a row a split, layer and measure, and the ratio of other to this. Raises `ValueError` for no report."
-    if not hasattr(other, "frame"): raise ValueError(f"a {type(other).__name__} to compare with: expected a report")
-    keys = ["split", "layer", "measure"]
-    values = {name: report.frame.set_index(keys).value for name, report in (("this", self), ("other", other))}
-    order = values["this"].index.append(values["other"].index).unique()
-    table = pd.DataFrame(values).reindex(order)
-    return table.assign(ratio=table.other / table.this)
+    return compare_reports(self, other)
 
 # %% ../../nbs/lab/25_report.ipynb #e775741e
 def _find_head(model, head, num_classes):
