@@ -35,6 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
+    machine = environment() | {"seeds": args.seeds}        # before files are written, for the state of the checkout
     recipes = [replace(ImageRecipe(precision=p), seed=s) for p in ("float32", "bf16") for s in range(args.seeds)]
     values = pd.DataFrame([last(run) for run in get_runs(recipes, get_settings())])
     exact, coarse = values[: args.seeds], values[args.seeds :]
@@ -47,7 +48,7 @@ def main():
     file.parent.mkdir(parents=True, exist_ok=True)
     table.index = pd.MultiIndex.from_tuples(table.index, names=["split", "measure"])
     table.round(5).to_csv(file, lineterminator="\n")
-    file.with_suffix(".json").write_text(json.dumps(environment() | {"seeds": args.seeds}, indent=1) + "\n")
+    file.with_suffix(".json").write_text(json.dumps(machine, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()
