@@ -112,6 +112,7 @@ def __radd__(self: RegressionStatistics, other):
     if not isinstance(other, int) or other != 0: return NotImplemented
     return self + RegressionStatistics(self.dim, self.num_targets, self.centre)
 
+# %% ../../nbs/geometry/75_regression.ipynb #c1a7b2e3
 @patch(as_prop=True)
 def feature_covariance(self: RegressionStatistics) -> Tensor:
     "(D, D), divided by N. Raises ValueError for no samples."

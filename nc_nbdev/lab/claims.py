@@ -310,7 +310,7 @@ def load_claims(
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: damaged, or of another version: no list of claims ({e})") from None
 
-
+# %% ../../nbs/lab/60_claims.ipynb #c1a7b2e0
 def compare_scales(
     by_scale: dict,  # scale -> its claims
 ) -> pd.DataFrame:     # one row a claim, one column a scale; "not run" where a scale lacks the claim

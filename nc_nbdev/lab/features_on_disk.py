@@ -310,6 +310,7 @@ def _update(stats, split, batches):
             raise ValueError(f"{split.path}: {seen}") from e
         row += len(H)
 
+# %% ../../nbs/lab/28_features_on_disk.ipynb #c1a7b2e2
 def _collect(split, K, base, head, progress):
     "Two passes over the features: statistics, and the nearest mean (of the base) of each sample."
     classes, counts = split.labels.unique(return_counts=True)         # those with samples: (K',) of K

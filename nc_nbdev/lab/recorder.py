@@ -15,7 +15,6 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 

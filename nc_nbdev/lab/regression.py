@@ -84,7 +84,7 @@ class RegressionReport:
         table = self.table().to_html(float_format="{:.3g}".format, na_rep="")
         return table + "".join(f"<p>{escape(note)}</p>" for note in self._notes())
 
-
+# %% ../../nbs/lab/22_regression.ipynb #c1a7b2e1
 def compare_reports(
     this,    # a report, with `frame`: columns split, layer, measure, value
     other,   # a report of another network, or of this one at another time
