@@ -28,7 +28,8 @@ def curves(
         raise ValueError(f"the history lacks {missing}: expected the columns {COLUMNS}, as `as_history` makes them")
     rows = history[history.measure == measure]
     absent = [name for name in ("condition", "split", "layer") if rows[name].hasnans]
-    rows = rows.fillna(dict.fromkeys(absent, ""))               # pandas reads an empty word from a file as NaN
+    if absent:                                                  # pandas reads an empty word from a file as NaN
+        rows = rows.assign(**{name: rows[name].astype(object).fillna("") for name in absent})
     for name, wanted in (("condition", condition), ("split", split)):
         if wanted is not None: rows = rows[rows[name] == wanted]
     if layer is None and len(rows): layer = rows.layer.iloc[-1]
