@@ -405,7 +405,7 @@ def confirm(
     progress: bool = True,    # show what is being done
     **changes,                # fields of `Settings`: folders, device
 ) -> tuple[list, Path]:       # claims, and the folder they were written to
-    "Run what was registered last for a scale. `ValueError` for no design, other code or runs, or when it was done."
+    "Run what was registered last for a scale. Raises `ValueError` for no design, other code or runs, or a kept result."
     folder = results_folder(get_settings(**changes))
     file = folder / "registration.json"
     known = [e for e in _registered(folder) if e["scale"] == scale]
