@@ -259,11 +259,10 @@ def _width(m, reads=False):
     shape = getattr(m, "normalized_shape", ())
     return (shape[0], "norm") if len(shape) == 1 else None
 
-def _writers(model, layer):
+def _writers(model, known, layer):
     "Widths and kinds of the layers that wrote what is tapped: those inside it, else the one registered before it."
     name, reads = layer.removesuffix(":input"), layer.endswith(":input")
     if reads and (own := _width(model.get_submodule(name), True)): return [own]
-    known = [(n, _width(m)) for n, m in model.named_modules()]
     inside = [] if reads else [width for n, width in known if width and f"{n}.".startswith(f"{name}.")]
     before = [width for n, width in takewhile(lambda item: item[0] != name, known) if width]
     return inside or before[-1:]
@@ -305,7 +304,9 @@ class FeatureTaps:
         self.pools = {layer: pools.get(layer, pools.get("default", "avg")) for layer in self.layers}
         if unknown := {*pools} - {"default", *self.layers}:
             raise ValueError(f"pool for {sorted(unknown)}: expected some of {', '.join(self.layers)}, or 'default'")
-        self._wrote, self.doubts = {layer: _writers(self.model, layer) for layer in self.layers}, {}   # layer: sentence
+        known = [(name, _width(m)) for name, m in self.model.named_modules()]
+        self._wrote = {layer: _writers(self.model, known, layer) for layer in self.layers}
+        self.doubts = {}                                        # layer: sentence
         self._handles = []
         self._clear()
 
