@@ -50,7 +50,7 @@ _KINDS = ("t", "log-t", "bootstrap", "range")
 # %% ../../nbs/lab/60_claims.ipynb #d12d8a9f
 @dataclass(frozen=True)
 class Statement:
-    "What is claimed, before it is measured. Raises `ValueError` unless there is exactly one bar."
+    "What is claimed, before it is measured. Raises `ValueError` unless there is one bar, or for a wrong bound."
     id: str                         # e.g. "1a"
     statement: str                  # one sentence
     quantity: str                   # what is measured, one number a seed
@@ -61,7 +61,6 @@ class Statement:
     primary: bool = False           # one of the few that are confirmed together
     source: str = ""                # who says so, and what of it was read
     reason: str = ""                # why this bar
-    paired: bool = True             # treatment and control have the same seeds
     bound: str = ""                 # "lower" or "upper": the values bound what is meant from this side
 
     def __post_init__(self):
@@ -69,7 +68,8 @@ class Statement:
             raise ValueError(f"statement {self.id}: expected one bar, at_most or at_least")
         check_number(f"statement {self.id}: bar", self.bar, -math.inf)
         check_choice(f"statement {self.id}: interval", self.interval, _KINDS)
-        check_choice(f"statement {self.id}: bound", self.bound, ("", "lower", "upper"))
+        proves = "lower" if self.at_most is None else "upper"      # a bound from the other side would prove nothing
+        check_choice(f"statement {self.id}: bound of what is {self.direction} a bar", self.bound, ("", proves))
 
     @property
     def bar(self) -> float:
@@ -83,7 +83,7 @@ class Statement:
 
     def claim(self, values, control_values, **more) -> "Claim":
         "The claim that the numbers of all seeds make; `more` are further fields of `Claim`."
-        names = "id statement quantity control bar direction interval primary source paired bound"
+        names = "id statement quantity control bar direction interval primary source bound"
         shared = {name: getattr(self, name) for name in names.split()}
         return Claim(**{**shared, "values": values, "control_values": control_values, **more})
 
@@ -126,13 +126,12 @@ class Claim:
     direction: str                # "at least" or "at most"
     values: tuple[float, ...]     # one a seed
     control: str                  # where the claim should not hold
-    control_values: tuple[float, ...]
+    control_values: tuple[float, ...]    # with the same seeds, in the same order
     interval: str = "t"           # kind of `seed_interval`
     study: str = ""               # name of the study that measured it
     scale: str = ""               # preset it was measured at
     note: str = ""                # why something was not measured, or what to know
     primary: bool = False         # one of the few that are confirmed together
-    paired: bool = True           # treatment and control have the same seeds, in the same order
     bound: str = ""               # "lower" or "upper": the values bound what is meant from this side
 
     def __post_init__(self):
@@ -142,9 +141,9 @@ class Claim:
             numbers = tuple(float(v) for v in np.ravel(getattr(self, name)))
             if not numbers: raise ValueError(f"claim {self.id}: {name} is empty; expected one number a seed")
             object.__setattr__(self, name, numbers)
-        if self.paired and len(self.values) != len(self.control_values):
+        if len(self.values) != len(self.control_values):
             seen = f"{len(self.values)} values and {len(self.control_values)} of the control"
-            raise ValueError(f"claim {self.id}: {seen}; expected one of each a seed, or paired=False")
+            raise ValueError(f"claim {self.id}: {seen}; expected one of each a seed")
 
 # %% ../../nbs/lab/60_claims.ipynb #ed7f44f3
 @patch(as_prop=True)
@@ -181,16 +180,7 @@ def _contrast(claim):
     if not (_usable(x, claim.interval) and _usable(c, claim.interval)): return (math.nan,) * 3
     if claim.interval == "range":
         return float(np.median(x) - np.median(c)), float(x.min() - c.max()), float(x.max() - c.min())
-    if claim.paired: return seed_interval(x / c if log else x - c, claim.interval)
-    if log: x, c = np.log(x), np.log(c)
-    centre, spread = x.mean() - c.mean(), [v.var(ddof=1) / v.size if v.size > 1 else math.inf for v in (x, c)]
-    if not all(map(math.isfinite, spread)): found = centre, -math.inf, math.inf
-    else:                                                                   # Welch's interval
-        parts = sum(s ** 2 / (v.size - 1) for s, v in zip(spread, (x, c), strict=True))
-        freedom = sum(spread) ** 2 / max(parts, 1e-300)
-        half = _stats.t.ppf(0.975, max(freedom, 1)) * math.sqrt(sum(spread))
-        found = centre, centre - half, centre + half
-    return tuple(float(np.exp(v)) if log else float(v) for v in found)
+    return seed_interval(x / c if log else x - c, claim.interval)
 
 
 def _verdict(claim):
@@ -213,13 +203,19 @@ def _p_one_sided(x, kind):
     x = np.asarray(x, float)
     if np.isnan(x).any() or x.size < 2: return 1.0
     if kind == "bootstrap":
+        if x.size <= 14: return float((_all_signs(x.size) @ x >= x.sum() - 1e-12 * abs(x).sum()).mean())
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, x.size))
-        return float((1 + ((signs * x).mean(axis=1) >= x.mean()).sum()) / 20_001)
-    return float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue) if x.std() > 0 else 1.0
+        return float((1 + (signs @ x >= x.sum()).sum()) / 20_001)
+    copies = np.ptp(x) <= 1e-12 * abs(x).max()       # seeds without spread are no evidence
+    return 1.0 if copies else float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue)
+
+def _all_signs(n):
+    "The 2^n choices of n signs, (2^n, n)."
+    return 1.0 - 2 * (np.arange(2 ** n)[:, None] >> np.arange(n) & 1)
 
 
 def p_value(
-    claim: Claim,  # with paired seeds
+    claim: Claim,  # at least two seeds
 ) -> float:        # 1 where it cannot be had
     "The larger of the p-values against the bar and against the control. Raises `ValueError` for a range."
     if claim.interval == "range": raise ValueError(f"claim {claim.id}: a range has no p-value")
@@ -227,17 +223,18 @@ def p_value(
     f = np.log if claim.interval == "log-t" else np.asarray
     sign = 1 if claim.direction == "at least" else -1
     x, c = f(np.array(claim.values)), f(np.array(claim.control_values))
-    differences = [x - f(np.array(claim.bar, float))] + ([x - c] if claim.paired else [])
+    differences = x - f(np.array(claim.bar, float)), x - c
     return max(_p_one_sided(sign * d, claim.interval) for d in differences)
 
 
 def holm(
-    claims,         # the primary claims
-) -> dict:          # id -> adjusted p-value
+    claims,            # the primary claims that were measured
+    others: int = 0,   # primary claims of the same family that were not measured
+) -> dict:             # id -> adjusted p-value
     "Holm's adjusted p-values: a claim is confirmed at 0.05 where its own is at most 0.05."
     ordered, worst, adjusted = sorted((p_value(c), c.id) for c in claims), 0.0, {}
     for i, (p, name) in enumerate(ordered):
-        worst = max(worst, min(1.0, (len(ordered) - i) * p))
+        worst = max(worst, min(1.0, (len(ordered) + others - i) * p))
         adjusted[name] = worst
     return adjusted
 
@@ -247,8 +244,8 @@ def power(
     seeds: int,        # how many others
     draws: int = 200,  # how often they are drawn
 ) -> float:            # 0 to 1
-    "The share of draws of new seeds for which the claim holds; 0 for a claim that was not measured."
-    if claim.verdict == "not measured" or claim.interval == "range": return 0.0
+    "The share of draws of new seeds for which the claim holds; 0 for a claim of one seed, or one not measured."
+    if claim.verdict == "not measured" or claim.interval == "range" or len(claim.values) < 2: return 0.0
     rng, log = np.random.default_rng(0), claim.interval == "log-t"
     both = np.array([claim.values, claim.control_values])             # (2, n): paired
     if log: both = np.log(both)
@@ -301,32 +298,32 @@ def load_claims(
     path: str | Path,  # a file that `save_claims` wrote
 ) -> list[Claim]:      # the claims, verdicts recomputed
     "Read claims back. Raises `ValueError` for a file that is damaged."
-    derived = ("measured", "control_measured", "contrast", "verdict")
+    left = ("measured", "control_measured", "contrast", "verdict", "paired")     # the last is of older files
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in rows:
             row |= {k: [math.nan if v is None else v for v in row[k]] for k in ("values", "control_values")}
-        return [Claim(**{k: v for k, v in row.items() if k not in derived}) for row in rows]
+        return [Claim(**{k: v for k, v in row.items() if k not in left}) for row in rows]
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: damaged, or of another version: no list of claims ({e})") from None
 
 # %% ../../nbs/lab/60_claims.ipynb #c1a7b2e0
 def compare_scales(
-    by_scale: dict,  # scale -> its claims
+    by_scale: dict,             # scale -> its claims
+    today: dict | None = None,  # scale -> {id: verdict} of claims that are older than a rule, where it says another one
 ) -> pd.DataFrame:     # one row a claim, one column a scale; "not run" where a scale lacks the claim
     "Scoreboards of several scales side by side."
     claims = {scale: {c.id: c for c in found} for scale, found in by_scale.items()}
-    bounds = {c.id: c.bound for found in claims.values() for c in found.values() if c.bound}
-    def text(c):
+    def text(c, now):
         if c is None: return "not run"
         lost = sum(map(math.isnan, c.values))
         some = f" ({lost} of {len(c.values)} seeds)" * (0 < lost < len(c.values))
         if c.verdict == "not measured": return f"{c.note or c.verdict}{some}"
-        now = replace(c, bound=bounds.get(c.id, "")).verdict    # a kept claim may be older than this rule
-        return f"{c.verdict}{f' (now: {now})' if now != c.verdict else ''}: {_with_interval(c.measured)}"
+        return f"{c.verdict}{f' (today: {now})' if now else ''}: {_with_interval(c.measured)}"
+    now = lambda scale, i: (today or {}).get(scale, {}).get(i)
     every = {i: c for found in reversed(claims.values()) for i, c in found.items()}
     rows = [dict(id=i, statement=every[i].statement, bar=f"{every[i].direction} {format_number(every[i].bar)}",
-                 **{scale: text(found.get(i)) for scale, found in claims.items()})
+                 **{scale: text(found.get(i), now(scale, i)) for scale, found in claims.items()})
             for i in dict.fromkeys(i for found in claims.values() for i in found)]
     return _Board(rows, columns=["id", "statement", "bar", *claims]).set_index("id")
 
@@ -337,12 +334,12 @@ def prediction_interval(
     level: float = 0.999,  # of the interval
 ) -> tuple[float, float]:  # its ends; infinite for a single kept seed
     "Where the mean of new seeds should lie."
+    if len(kept.values) < 2: return -math.inf, math.inf
     if kept.interval == "range":
         lo, hi = min(kept.values), max(kept.values)
         return lo - (hi - lo), hi + (hi - lo)
     log = kept.interval == "log-t"
     x = np.log(kept.values) if log else np.array(kept.values)
-    if x.size < 2: return -math.inf, math.inf
     spread = max(x.std(ddof=1), 1e-3 * abs(x.mean()), 1e-9)     # equal values: one more digit is not a difference
     half = _stats.t.ppf((1 + level) / 2, x.size - 1) * spread * math.sqrt(1 / x.size + 1 / seeds)
     return tuple(float(np.exp(v)) if log else float(v) for v in (x.mean() - half, x.mean() + half))
