@@ -110,6 +110,34 @@ def test_damage_is_set_aside_and_trained_again(copied, done, name, damage):
     assert (run.folder / f"{name}.damaged-1").exists() and again.model() is not None
 
 
+def test_a_run_trained_anew_forgets_what_was_measured_with_its_earlier_weights(copied):
+    run, here = copied
+    run.entry.cached("answers-1.json", ["q"], lambda keys: {"q": 1.0})
+    (run.folder / "weights-0000.pth").write_bytes(b"")
+    with pytest.warns(UserWarning, match="weights-0000.pth"): again = get_run(RECIPE, here, progress=False)
+    assert "answers-1.json" not in again.entry and len(again.made) == 1
+    assert (run.folder / "history.parquet.damaged-1").exists()      # and nothing is lost
+
+
+def test_a_finished_run_with_a_field_of_old_is_left_out(copied):
+    run, here = copied
+    known = run.entry.read_json("recipe.json")
+    run.entry.write_json("recipe.json", known | {"changed": known["changed"] | {"no_such_field": 1}})
+    with pytest.warns(UserWarning, match="no recipe of today's ImageRecipe .*no_such_field"):
+        assert finished_runs(ImageRecipe, here) == []
+
+
+def test_on_a_gpu_one_run_at_a_time_unless_more_are_asked_for(monkeypatch):
+    from nc_nbdev.lab import runs
+    asked = []
+    monkeypatch.setattr(runs, "_attempts", lambda jobs, n_jobs: asked.append(n_jobs) or iter(()))
+    jobs = [(abs, -1)] * 4
+    runs.parallel(jobs, "", progress=False, device="cuda:0")
+    with runs.workers(3): runs.parallel(jobs, "", progress=False, device="cuda:0")
+    runs.parallel(jobs, "", progress=False, n_jobs=2, device="cuda:0")
+    assert asked == [1, 3, 2]
+
+
 def test_a_folder_of_another_recipe_is_refused(copied):
     run, here = copied
     other = replace(RECIPE, lr=0.5)

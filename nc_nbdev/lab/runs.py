@@ -6,15 +6,17 @@ Training runs on disk: `get_run` and `get_runs` take any recipe, train what is m
 
 # %% auto #0
 __all__ = ['FORMAT', 'recipe_id', 'measured_epochs', 'snapshot_epochs', 'Run', 'TrainingEnded', 'trouble', 'set_seed',
-           'SeedEachEpoch', 'one_thread', 'Busy', 'Waiting', 'parallel', 'workers', 'get_runs', 'get_run', 'list_runs',
-           'finished_runs', 'planned', 'plan_table', 'damaged_files']
+           'SeedEachEpoch', 'one_thread', 'Busy', 'Waiting', 'environment', 'parallel', 'workers', 'get_runs',
+           'get_run', 'list_runs', 'finished_runs', 'planned', 'plan_table', 'damaged_files']
 
 # %% ../../nbs/lab/40_runs.ipynb #64a6ff10
 import hashlib
 import json
 import os
+import platform
 import random
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -24,7 +26,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from datetime import date
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401, gives Learner no_bar and no_logging
@@ -107,6 +111,11 @@ class Run:
     def reasons(self) -> dict:
         "Epoch -> why it could not be measured; \"ended\" -> the last epoch of a training that went wrong. Mostly {}."
         return self.entry.read_json("reasons.json") if "reasons.json" in self.entry else {}
+
+    @property
+    def made(self) -> list[dict]:
+        "Which machine, versions and commit trained it, an `environment` a sitting; [] where that was not written yet."
+        return self.entry.read_json("recipe.json").get("made", [])
 
     @cached_property
     def data(self):
@@ -320,6 +329,31 @@ class Waiting:
             self.bar.update(self.seconds)
         self.seconds += 1
 
+# %% ../../nbs/lab/40_runs.ipynb #7d1f20a2
+def environment() -> dict:
+    "Versions, commit and machine, to go with numbers."
+    import torch
+    packages = {p: metadata.version(p) for p in ("nc_nbdev", "torch", "torchvision", "fastai", "scikit-learn", "numpy")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
+    return {"date": date.today().isoformat(), "commit": _commit(), "device": device,
+            "kernels": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), **packages}
+
+def _processor():
+    "Its name, where the system says it."
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+             ] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+def _commit():
+    "Of the checkout that this file is in, marked where files differ from it; empty where there is none."
+    import nc_nbdev
+    folder = Path(nc_nbdev.__file__).parent
+    if "site-packages" in folder.parts: return ""     # installed: a repository around it is another project's
+    asked = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try: return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError): return ""
+
 # %% ../../nbs/lab/40_runs.ipynb #fc2b40ff
 def _train_run(run, device, bar, seconds=30.0, wait=True):
     "Train, or finish training, one run; what was measured last, as text. \"\" where another trains it, without `wait`."
@@ -336,8 +370,9 @@ def _train(run, device, bar, seconds):
     entry, recipe, started = run.entry, run.recipe, time.monotonic()
     _set_strays_aside(entry)
     learn, recorder, start = _resumed(run, device)
+    made = run.made if start else _forget(entry)
     entry.write_json("recipe.json", dict(format=FORMAT, kind=_kind(type(recipe)), changed=_changed(recipe),
-                                         **asdict(recipe)))
+                                         made=[*made, environment()], **asdict(recipe)))
     checkpoint, finite = _Checkpoint(run, recorder, seconds, start), _Finite()
     cbs = [SeedEachEpoch(recipe.seed), finite, recorder, checkpoint]
     if bar: cbs.append(_Bar(recorder, recipe.epochs))
@@ -373,6 +408,15 @@ def _set_strays_aside(entry):
         warnings.warn(f"{file}: there is no recipe.json, so nobody knows of which run it is; kept as "
                       f"{entry.set_aside(file.name).name}", stacklevel=2)
     entry.tidy()
+
+
+def _forget(entry):
+    "What was measured with earlier weights of a run that is trained anew: set the history aside, remove the rest."
+    for file in [entry.folder / name for name in entry.manifest() if name in entry]:
+        if file.name == "history.parquet": entry.set_aside(file.name)
+        elif file.suffix == ".json" and file.name != "recipe.json": file.unlink()
+    entry.tidy()
+    return []
 
 
 def _resumed(run, device):
@@ -413,12 +457,13 @@ def parallel(
     jobs,                        # (function, arguments...) each
     what: str,                   # what is being done, for the bar
     progress: bool = True,       # show a bar with the time left
-    n_jobs: int | None = None,   # jobs at once, default what `workers` says, or one a CPU core
+    n_jobs: int | None = None,   # jobs at once, default what `workers` says, or one a CPU core, or one on a GPU
+    device: str | torch.device = "cpu",   # where they compute
 ) -> list:                       # results in the order of the jobs
     "Do jobs in worker processes. Raises `RuntimeError`, when all others are done, that names the jobs that failed."
     from joblib import effective_n_jobs
-    jobs = list(jobs)
-    n_jobs = max(1, min(len(jobs), n_jobs or _at_once.get() or effective_n_jobs(-1)))
+    jobs, default = list(jobs), effective_n_jobs(-1) if str(device) == "cpu" else 1
+    n_jobs = max(1, min(len(jobs), n_jobs or _at_once.get() or default))
     done = _attempts(jobs, n_jobs)
     bar = progress_bar(done, total=len(jobs), leave=False) if progress and jobs else done
     results, failed = [None] * len(jobs), []
@@ -488,25 +533,25 @@ def workers(
 ):
     "`parallel` uses these workers inside. Raises `ValueError` for no job at once, or where dask is not installed."
     if n_jobs is not None and n_jobs < 1: raise ValueError(f"{n_jobs} jobs at once: expected at least 1")
-    token = _at_once.set(n_jobs)
-    try:
-        with _cluster(scheduler) if scheduler else nullcontext(): yield
-    finally: _at_once.reset(token)
+    with _cluster(scheduler) if scheduler else nullcontext() as size:
+        token = _at_once.set(n_jobs or size)
+        try: yield
+        finally: _at_once.reset(token)
 
 @contextmanager
 def _cluster(scheduler):
-    "joblib on a dask cluster."
+    "joblib on a dask cluster; how many jobs it does at once."
     try: from dask.distributed import Client
     except ImportError as e: raise ValueError(f"scheduler={scheduler!r} needs dask: pip install distributed") from e
-    from joblib import parallel_config
-    with Client(scheduler), parallel_config("dask"): yield
+    from joblib import effective_n_jobs, parallel_config
+    with Client(scheduler), parallel_config("dask"): yield effective_n_jobs(-1)
 
 # %% ../../nbs/lab/40_runs.ipynb #4fd6314e
 def get_runs(
     recipes,                           # iterable of recipes
     settings: Settings | None = None,  # folders and device, default those of `settings.ini`
     progress: bool = True,             # show a bar
-    n_jobs: int | None = None,         # runs trained at once, default one a CPU core, or one on a GPU
+    n_jobs: int | None = None,         # runs trained at once, default that of `parallel`
 ) -> list[Run]:                        # in the order of `recipes`
     "Finished runs of all recipes: read from disk, resumed, or trained. Raises as `parallel` does."
     settings, recipes = settings or get_settings(), list(recipes)
@@ -519,7 +564,7 @@ def get_runs(
     todo = [r for r in unique if not _finished(r)]
     for r in todo:
         if hasattr(r.recipe, "prepare"): r.recipe.prepare(r.data_dir)      # download once, and fail before any training
-    _train_all(todo, device, progress, n_jobs or (None if device.type == "cpu" else 1))
+    _train_all(todo, device, progress, n_jobs)
     for r in unique:
         if "ended" in r.reasons: warnings.warn(trouble(r), stacklevel=2)
     return runs
@@ -529,7 +574,7 @@ def _train_all(todo, device, progress, n_jobs):
     "Train runs; those that other processes train last, when they are waited for."
     while len(todo) > 1:
         jobs = [(_train_run, r, device, False, 30.0, False) for r in todo]
-        done = parallel(jobs, "training", progress, n_jobs)
+        done = parallel(jobs, "training", progress, n_jobs, device)
         busy = [r for r, said in zip(todo, done, strict=True) if not said]
         if len(busy) == len(todo): _train_run(busy.pop(0), device, progress)
         todo = busy
@@ -567,7 +612,7 @@ def finished_runs(
     kind: type,           # a class of recipes
     settings: Settings,   # where runs are
 ) -> list[Run]:           # those of this class that can be read
-    "Finished runs on disk, of whatever study. What is damaged is left out, with a warning."
+    "Finished runs on disk, of whatever study. What is damaged, or has fields of old, is left out, with a warning."
     found = []
     for file in sorted(Path(settings.runs_dir).glob(f"{_kind(kind)}-*/recipe.json")):
         entry = Entry(file.parent)
@@ -575,7 +620,11 @@ def finished_runs(
         known = entry.read_json("recipe.json")
         if known["format"] != FORMAT: continue
         fit = lambda v: tuple(v) if isinstance(v, list) else v                     # JSON has no tuples
-        run = Run(kind(**{k: fit(v) for k, v in known["changed"].items()}), file.parent, Path(settings.data_dir))
+        try: recipe = kind(**{k: fit(v) for k, v in known["changed"].items()})
+        except (TypeError, ValueError) as e:
+            warnings.warn(f"{file}: no recipe of today's {kind.__name__} ({e}); left out", stacklevel=2)
+            continue
+        run = Run(recipe, file.parent, Path(settings.data_dir))
         if file.parent.name == recipe_id(run.recipe) and _finished(run): found.append(run)
     return found
 

@@ -130,7 +130,7 @@ def measure_runs(
     "Tables of many measurements of runs. Raises as `parallel` does."
     device = "cpu" if torch.device(device).type == "mps" else str(device)
     jobs = [(_measure, f, run, kwargs, device) for f, run, kwargs in jobs]
-    return parallel(jobs, "measuring transfer", progress, None if device == "cpu" else 1)
+    return parallel(jobs, "measuring transfer", progress, device=device)
 
 def _measure(function, run, kwargs, device): return function(run, **kwargs, device=device)
 
