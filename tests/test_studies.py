@@ -331,7 +331,11 @@ def test_a_confirmed_design_is_kept_once(tiny_project):
     command.register(replace(settings, datasets=("templates-0.3",)), "random_labels")
     command.register(settings, "random_labels")
     claims, out = command.confirm("quick", progress=False)
-    assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json", "figures"]
+    assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json", "figures", "history.parquet"]
+    made = json.loads((out / "environment.json").read_text())["runs"]
+    assert sum(row["number"] for row in made) == len(command.plan(settings, ["random_labels"]))
+    assert {row["commit"] for row in made} == {command.environment()["commit"]}
+    assert not pd.read_parquet(out / "history.parquet").empty
     assert len(claims[0].values) == 2
     [shown] = (out / "figures").iterdir()
     assert command.kept_figure(tiny_project / "results", shown.stem) == shown
@@ -342,6 +346,22 @@ def test_a_confirmed_design_is_kept_once(tiny_project):
     assert command.kept_figures("no_such_figure", settings) is None
     assert len(command.kept_results(tiny_project / "results")[command.part_name(settings)]) == len(claims)
     with pytest.raises(ValueError, match="kept results are not overwritten"): command.confirm("quick", progress=False)
+
+
+def test_a_report_does_not_go_among_the_kept_results(tiny_project, capsys):
+    for out in ("results", "results/quick/2026-01-01-x"):
+        with pytest.raises(SystemExit): command.main(["--studies", "random_labels", "--out", out])
+        assert "whose results are not overwritten" in capsys.readouterr().err
+    assert not Path("results").exists()
+
+
+def test_a_design_that_was_changed_by_hand_is_not_confirmed(tiny_project):
+    command.register(command._settings(first_seed=1000, seeds=2), "random_labels")
+    file = tiny_project / "results" / "registration.json"
+    [entry] = json.loads(file.read_text())
+    entry["statements"][0]["at_most"] = 99
+    file.write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match="statements of quick are not those"): command.confirm("quick", progress=False)
 
 
 def test_kept_results_are_the_newest_that_stand(tmp_path):
@@ -364,7 +384,7 @@ def test_parts_of_a_scale_stand_side_by_side(tmp_path):
     keep("2026-01-01-eee-cifar10", made("b", 3.0), made("c", 4.0))
     keep("2026-01-01-eee-mnist", made("a", 5.0))
     (tmp_path / "registration.json").write_text(json.dumps([
-        dict(scale="laptop", code=code, datasets=[data]) for code, data in
+        dict(scale="laptop", code=code, datasets=[data], date="2026-01-01") for code, data in
         (("fff", "cifar10"), ("eee", "cifar10"), ("eee", "mnist"))]))
     found = {name: {c.id: c.values[0] for c in claims} for name, claims in command.kept_results(tmp_path).items()}
     assert found == {"laptop, cifar10": {"a": 1.0, "b": 3.0, "c": 4.0}, "laptop, mnist": {"a": 5.0}}
