@@ -1869,6 +1869,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nc_nbdev.vision.sources': { 'nc_nbdev.vision.sources._archive_files': ( 'vision/sources.html#_archive_files',
                                                                                      'nc_nbdev/vision/sources.py'),
                                          'nc_nbdev.vision.sources._arrays': ('vision/sources.html#_arrays', 'nc_nbdev/vision/sources.py'),
+                                         'nc_nbdev.vision.sources._check_pixels': ( 'vision/sources.html#_check_pixels',
+                                                                                    'nc_nbdev/vision/sources.py'),
                                          'nc_nbdev.vision.sources._decode': ('vision/sources.html#_decode', 'nc_nbdev/vision/sources.py'),
                                          'nc_nbdev.vision.sources._decoded': ('vision/sources.html#_decoded', 'nc_nbdev/vision/sources.py'),
                                          'nc_nbdev.vision.sources._digits': ('vision/sources.html#_digits', 'nc_nbdev/vision/sources.py'),
