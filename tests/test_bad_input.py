@@ -536,6 +536,9 @@ def folder(spoil):
     return call
 
 
+def painted(mode, colour, kind="PNG"): return lambda path: Image.new(mode, (8, 8), colour).save(path, kind)
+
+
 def to_link(target): return lambda path: (path.unlink(), os.symlink(target, path))
 
 
@@ -550,6 +553,11 @@ for what, spoil, says in (
     ("an empty file", lambda p: p.write_bytes(b""), "0.png: not an image that can be read"),
     ("half an image", lambda p: p.write_bytes(p.read_bytes()[:40]), "0.png: not an image that can be read"),
     ("3.6 thousand million pixels", huge, "0.png: not an image that can be read.*decompression bomb"),
+    ("16 bits", painted("I;16", 400), "0.png: not an image that can be read .its mode is I.*: expected 8 bits"),
+    ("fractions", painted("F", 0.5, "TIFF"), "0.png: .*its mode is F: expected 8 bits a channel; scale"),
+    ("transparent colour", painted("RGBA", (9, 9, 9, 0)), "0.png: .*some pixels are transparent: expected opaque"),
+    ("transparent grey", painted("LA", (9, 0)), "0.png: .*some pixels are transparent"),
+    ("a transparent colour of a palette", lambda p: Image.new("P", (8, 8)).save(p, transparency=0), "are transparent"),
     ("another size", lambda p: picture(p, 9), r"different sizes, \(8, 8\) and \(9, 9\)"),
     ("a class without images", lambda p: p.unlink(), r"\['cat'\] are not classes of both splits"),
     ("a dead link", to_link("/nowhere.png"), "0.png: not a file; expected images as train/<class>/<file>"),

@@ -220,6 +220,17 @@ def test_archive(tmp_path, suffix, prefix):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["folder", f"pets{suffix}", f"pets{suffix}.decoded"])
 
 
+def test_the_last_of_two_files_with_one_path_counts(tmp_path):
+    pixels = image_folder(tmp_path / "pets")
+    folders = [tmp_path / "pets", tmp_path / "more"]
+    (folders[1] / "train/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folders[1] / "train/cat/1.png")
+    with tarfile.open(tmp_path / "pets.tgz", "w:gz") as tar:
+        for folder in folders: tar.add(folder, arcname=".")
+    pixels["train", "cat", 1] = np.full((8, 8, 3), (255, 0, 0))
+    check_folder_data(load_dataset(tmp_path / "pets.tgz"), pixels)
+
+
 @pytest.mark.parametrize("name, kind", [
     ("../../evil/train/cat/0.png", tarfile.REGTYPE), ("/train/cat/0.png", tarfile.REGTYPE),
     ("train/cat/0.png", tarfile.SYMTYPE), ("train/cat/0.png", tarfile.LNKTYPE)])
@@ -277,6 +288,15 @@ def test_grey_and_colour_together(tmp_path):
     image_folder(tmp_path / "mixed"); Image.new("L", (8, 8), 77).save(tmp_path / "mixed/train/cat/0.png")
     data = load_dataset("mixed", tmp_path)
     assert data.train_images[0, :, 0, 0].tolist() == [77, 77, 77]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_opaque_images_of_any_mode_are_read(tmp_path, mode):
+    image_folder(tmp_path / "a", classes=("cat",))
+    file = tmp_path / "a/train/cat/0.png"
+    Image.new("RGB", (8, 8), "white").convert(mode).save(file, "TIFF" if mode == "CMYK" else "PNG")
+    image_folder(tmp_path / "a", classes=("dog",))
+    assert (load_dataset(tmp_path / "a").train_images[0] == 255).all()
 
 
 @pytest.mark.parametrize("name", [n for n in dataset_names if n not in ("digits", "templates")])

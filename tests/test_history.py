@@ -35,6 +35,10 @@ def test_the_late_slope_sees_the_second_half_only():
     assert late_slope(history, "train_variance") == pytest.approx([0], abs=1e-9)
 
 
+def test_a_terminal_phase_from_epoch_0_has_no_second_half_on_a_log_axis():
+    assert np.isnan(late_slope(made(lambda e, s: 1 / (1 + e), lambda e, s: 1.0), "train_variance")).all()
+
+
 def test_without_a_terminal_phase_nothing_is_measured():
     history = made(lambda e, s: 1 / (1 + e), lambda e, s: 0.5)
     assert np.isnan(fall(history, "train_variance")).all() and np.isnan(late_slope(history, "train_variance")).all()

@@ -25,14 +25,28 @@ def network():
     return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, K))
 
 
-def report(model, X, y, join):
+def report(model, X, y, join, absent="error"):
     "Of one process's share."
     inner = getattr(model, "module", model)
-    options = dict(layers=["1"], num_classes=K, keep=(), head="2", class_counts=problem()[1].bincount())
+    counts = problem()[1].bincount() if absent == "error" else None
+    options = dict(layers=["1"], num_classes=K, keep=(), head="2", class_counts=counts, absent=absent)
     dl = list(zip(X.split(16), y.split(16), strict=True))
     train = join(collect(model, dl, **options))
-    test = join(collect(model, dl, **options, reference=train.statistics))
+    test = join(collect(model, dl, **options, reference=train.statistics, classes=train.classes))
     return compare_splits(train, {"test": test}, head=(inner[2].weight.detach(), inner[2].bias.detach()))
+
+
+def twice(split):
+    "The second time, which finds the share as it was."
+    together(split)
+    return together(split)
+
+
+def shares(y):
+    "Samples of two processes of which one at least lacks a class; in the last case both lack class 1."
+    even = torch.arange(len(y)) % 2 == 0
+    first, fewer, others = (y == 0) | (y == 1) & even, (y < 2) & even, y != 1
+    return {"as many": (first, ~first), "fewer": (fewer, ~fewer), "none": (others & even, others & ~even)}
 
 
 def work(rank, folder):
@@ -48,7 +62,12 @@ def work(rank, folder):
             nn.functional.cross_entropy(model(X[share]), y[share]).backward()
             optimiser.step(); optimiser.zero_grad()
         trained = report(model, X[share], y[share], together)
-        torch.save({"first": first.frame.value.tolist(), "trained": trained.frame.value.tolist(),
+        lacking = {name: report(network(), X[parts[rank]], y[parts[rank]], twice, "leave out")
+                   for name, parts in shares(y).items()}
+        try: together(collect(network(), [(X, y)], "1", K + rank, keep=(), absent="leave out")); said = ""
+        except ValueError as error: said = str(error)
+        torch.save({"said": said, "lacking": {name: found.frame.value.tolist() for name, found in lacking.items()},
+                    "first": first.frame.value.tolist(), "trained": trained.frame.value.tolist(),
                     "weights": model.module.state_dict()}, f"{folder}/{rank}.pt")
     finally: dist.destroy_process_group()
 
@@ -64,6 +83,12 @@ def test_a_measure_of_two_uneven_shares_is_that_of_one_process(tmp_path):
         alone = report(model, *problem(), lambda split: split)
         assert one[name] == pytest.approx(alone.frame.value.tolist(), rel=1e-6, abs=1e-9)
     assert one["first"] != one["trained"]
+    X, y = problem()
+    for name, parts in shares(y).items():
+        alone = report(network(), X[sum(parts) > 0], y[sum(parts) > 0], lambda split: split, "leave out")
+        assert one["lacking"][name] == other["lacking"][name], name
+        assert one["lacking"][name] == pytest.approx(alone.frame.value.tolist(), rel=1e-6, abs=1e-9), name
+    assert one["said"] == other["said"] == "num_classes is [3, 4] in the processes: expected the same in all"
 
 
 def test_kept_features_are_not_added_up():

@@ -55,6 +55,15 @@ def test_seen_and_rest_are_the_train_set_in_two_parts(imbalance):
     assert all(not dl.shuffle and dl.augment is None for dl in splits.values())
 
 
+def test_a_small_class_is_in_both_parts_of_the_train_set():
+    few, splits = replace(TINY, train_per_class=2), ImageRecipe(imbalance=80).loaders()
+    assert splits["train"].class_counts[-1] == 2
+    for found in (splits, few.loaders()):
+        assert (found["seen"].class_counts > 0).all() and (found["rest"].class_counts > 0).all()
+    with pytest.raises(ValueError, match=r"classes \[9\] have 1 image each: expected two or more.*lower imbalance="):
+        ImageRecipe(imbalance=100).loaders()
+
+
 def test_parts_of_the_train_set_are_measured_in_its_pass():
     model, splits, ran = TINY.learner().model, TINY.loaders(), []
     alone = {name: copy(dl) for name, dl in splits.items()}

@@ -112,3 +112,16 @@ def test_a_writer_that_dies_before_the_move_leaves_the_old_file(entry, monkeypat
     with pytest.raises(KeyboardInterrupt), entry.write("a.bin") as draft: draft.write_bytes(b"new")
     monkeypatch.undo()
     assert Entry(entry.folder).path("a.bin").read_bytes() == bytes(range(200))
+
+
+def test_tidy_leaves_a_writer_alone(entry):
+    "Its draft, and the checksum of a file that is about to be there."
+    with entry.write("d.bin") as draft:
+        draft.write_bytes(b"1")
+        Entry(entry.folder).tidy()
+    assert entry.path("d.bin").read_bytes() == b"1"
+    with atomic(entry.folder / "e.bin") as draft:      # what `write` does, one step later
+        draft.write_bytes(b"2")
+        (entry.folder / "manifest.json").write_text(json.dumps({**entry.manifest(), "e.bin": [[1, "0"]]}))
+        Entry(entry.folder).tidy()
+    assert "e.bin" in entry.manifest()

@@ -111,3 +111,9 @@ def test_a_machine_is_an_environment_with_folders_of_its_own(tools, monkeypatch,
     assert command[1:] == ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--seeds", "2"]
     assert avx512["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
     assert not machines.MACHINES["AVX2"].keys() & native.keys()
+
+
+def test_claims_are_compared_with_those_of_their_data_set(tools):
+    part = tools("machines").part
+    assert part(["--studies", "paper", "--datasets", "mnist", "cifar10", "--seeds", "2"], "quick") == "quick, mnist"
+    assert part(["--seeds", "2"], "quick") == "quick, digits"

@@ -59,6 +59,14 @@ def compare(claims, kept):
     return table
 
 
+def part(arguments, scale):
+    "What claims of nc-reproduce with these arguments are compared with, as `part_name` says."
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--datasets", nargs="+")
+    asked = {name: tuple(value) for name, value in vars(parser.parse_known_args(arguments)[0]).items() if value}
+    return part_name(get_settings(preset=scale, **asked))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="the file to write (CSV)")
@@ -66,7 +74,7 @@ def main():
     options, arguments = parser.parse_known_args()
     claims = {name: reproduce(name, options.folder / name, arguments) for name in machines()}
     scale = next(iter(claims.values()))[0].scale
-    kept = kept_results("results").get(part_name(get_settings(preset=scale)), [])
+    kept = kept_results("results").get(part(arguments, scale), [])
     table = compare(claims, kept)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.table)

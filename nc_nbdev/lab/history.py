@@ -138,7 +138,7 @@ def late_slope(
     def slope(seed):
         half = np.sqrt(start.get(seed, np.nan) * table.index[-1])
         late = table[seed][table.index >= half]
-        fits = len(late) > 2 and (late > 0).all() and np.isfinite(late).all()
+        fits = half > 0 and len(late) > 2 and (late > 0).all() and np.isfinite(late).all()
         return np.polyfit(np.log(late.index), np.log(late), 1)[0] if fits else np.nan
     return np.array([slope(seed) for seed in table])
 

@@ -17,15 +17,26 @@ from .report import Collected
 
 # %% ../../nbs/lab/45_many_machines.ipynb #7a24da41
 def together(
-    split: Collected,                        # the pass over this process's share, with `keep=()`
+    split: Collected,                        # the pass over this process's share, with `keep=()`; it is not changed
     group: dist.ProcessGroup | None = None,  # the processes that take part; None: all
 ) -> Collected:                              # of all samples, those of rank 0 first; the same in every process
     "One pass out of the passes of all processes. Raises `ValueError` for kept features, or without a process group."
     if split.features: raise ValueError(f"features of {[*split.features]} were kept: collect(..., keep=())")
-    statistics = {layer: stats.all_reduce(group) for layer, stats in split.statistics.items()}
-    shares = [None] * dist.get_world_size(group)
-    dist.all_gather_object(shares, (split.labels, split.predictions, split.nearest), group)
-    labels, predictions, nearest = zip(*shares, strict=True)
-    nearest = {layer: torch.cat([part[layer] for part in nearest]) for layer in nearest[0]}
-    predictions = None if predictions[0] is None else torch.cat(predictions)
-    return replace(split, statistics=statistics, labels=torch.cat(labels), predictions=predictions, nearest=nearest)
+    K = split.num_classes or next(iter(split.statistics.values())).num_classes
+    if len(set(sizes := _of_all(torch.tensor([K]), group).tolist())) > 1:
+        raise ValueError(f"num_classes is {sizes} in the processes: expected the same in all")
+    own = torch.arange(K) if split.classes is None else split.classes.cpu()
+    found = _of_all(own, group).unique()                        # the classes of all shares, of which this one has some
+    places = torch.full_like(found, -1).index_put((torch.searchsorted(found, own),), torch.arange(len(own)))
+    return replace(
+        split, statistics={layer: stats.take(places).all_reduce(group) for layer, stats in split.statistics.items()},
+        labels=_of_all(split.labels, group), predictions=_of_all(split.predictions, group),
+        nearest={layer: _of_all(mine, group) for layer, mine in split.nearest.items()},
+        classes=None if len(found) == K else found.to(split.labels.device))
+
+def _of_all(mine, group):
+    "The tensors of all processes as one, on the device of this one's; None where one has none."
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, None if mine is None else mine.cpu(), group)     # each may be on a GPU of its own
+    return None if any(part is None for part in parts) else torch.cat(parts).to(mine.device)
+

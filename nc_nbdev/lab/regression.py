@@ -109,14 +109,15 @@ def measure_regression(
     head: str | tuple[Tensor, Tensor] | None = "auto",  # the last linear layer with n outputs, a name, (W, b), or None
     **reading,                                          # pool, batch, output of `tapped_batches`
 ) -> RegressionReport:
-    "Collapse of every layer without classes. Raises `ValueError` for unknown layers, or targets of several shapes."
+    "Collapse of every layer without classes. Raises `ValueError` for bad layers, splits, or target shapes."
     if isinstance(train_dl, Iterator):
         raise ValueError(f"train_dl is a {type(train_dl).__name__}, which can be read once: expected a loader or a "
                          "list of batches, since the train set is read twice")
+    tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
+    if "train" in tests: raise ValueError(f"test splits {sorted(tests)}: expected names other than 'train'")
     layers = check_layers(model, layers or tap_layers(model))
     first = _one_pass(model, train_dl, layers, None, reading)
     centres = {la: s.mean[:s.dim] for la, s in first.items() if la != "output"}
-    tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
     passes = {n: _one_pass(model, dl, layers, centres, reading) for n, dl in {"train": train_dl, **tests}.items()}
     n = passes["train"][layers[0]].num_targets
     W, read, note = _last_layer(model, head, n, passes["train"], layers)

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import uuid
 import warnings
 from contextlib import contextmanager, suppress
@@ -204,11 +205,15 @@ def whole(
 def tidy(
     self: Entry,
 ):
-    "Remove the drafts of killed processes, and forget files that are no longer there."
+    "Remove drafts that nobody wrote to for an hour, of killed processes; forget files that are no longer there."
     with self.lock("manifest"):
-        for draft in self.folder.glob(".*.draft"): draft.unlink(missing_ok=True)
+        for draft in self.folder.glob(".*.draft"):
+            with suppress(FileNotFoundError):
+                if time.time() - draft.stat().st_mtime > 3600: draft.unlink()
         known = self.manifest() if _readable(self) else {}
-        kept = {name: digests for name, digests in known.items() if os.path.lexists(self.folder / name)}
+        drafts = [draft.name for draft in self.folder.glob(".*.draft")]         # files that may be there in a moment
+        kept = {name: digests for name, digests in known.items()
+                if any(draft.startswith(f".{name}.") for draft in drafts) or os.path.lexists(self.folder / name)}
         if kept == known: return
         with atomic(self.folder / "manifest.json") as draft: draft.write_text(json.dumps(kept, indent=1))
 

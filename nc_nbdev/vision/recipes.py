@@ -137,10 +137,15 @@ def loaders(
 
 # %% ../../nbs/vision/00_recipes.ipynb #7c05fe9c
 def _stratified(labels, size, generator):
-    "Sorted indices of `size` random samples, of each class in proportion to its size."
+    "Sorted indices of `size` random samples, of each class in proportion to its size; one more of a class without."
+    few = [c for c, count in enumerate(labels.bincount()) if count == 1]
+    if few: raise ValueError(f"train set: classes {few} have 1 image each: expected two or more, for `seen` and "
+                             "`rest`; take a lower imbalance=, or more images a class")
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]                        # by class, random within a class
-    return order[((torch.arange(size) + 0.5) * len(labels) / size).long()].sort().values
+    chosen = order[((torch.arange(size) + 0.5) * len(labels) / size).long()]
+    others = order[~torch.isin(labels[order], labels[chosen])]
+    return torch.cat([chosen, others[np.unique(labels[others], return_index=True)[1]]]).sort().values
 
 # %% ../../nbs/vision/00_recipes.ipynb #31ac6464
 @dataclass(frozen=True)

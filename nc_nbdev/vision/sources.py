@@ -147,8 +147,8 @@ def _folder_files(folder):
         yield file.parts, _decode(file, file)
 
 def _archive_files(archive):
-    "The images of a tar archive. Raises `ValueError` for links, paths to outside, damage, a bomb."
-    room = max(_room, 100 * archive.stat().st_size)
+    "The images of a tar archive, the last of each path. Raises `ValueError` for links, damage, a bomb, paths outside."
+    found, room = {}, max(_room, 100 * archive.stat().st_size)
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -156,9 +156,10 @@ def _archive_files(archive):
                 if member.name.startswith(("/", "\\")) or ".." in parts or not (member.isfile() or member.isdir()):
                     raise ValueError(f"{archive}: refusing {member.name!r}, a link, a device, or a path to outside")
                 if room < 0: raise ValueError(f"{archive}: refusing {member.name!r}, the archive is too large unpacked")
-                if member.isfile() and _is_image(parts): yield parts, _decode(tar.extractfile(member), member.name)
+                if member.isfile() and _is_image(parts): found[parts] = _decode(tar.extractfile(member), member.name)
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as e:
         raise ValueError(f"{archive}: not an archive that can be read ({' '.join(str(e).split())})") from e
+    return found.items()
 
 _room = 2**30       # bytes that any archive may have unpacked; larger ones a hundred times their own size
 
@@ -172,10 +173,19 @@ def _decode(file, name):
     from PIL import Image
     try:
         with Image.open(file) as image:
+            _check_pixels(image)
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: not an image that can be read ({e})") from e
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+def _check_pixels(image):
+    "Raise `ValueError` for pixels that lose their meaning as grey or as red, green and blue, a byte each."
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"its mode is {image.mode}: expected 8 bits a channel; scale its numbers to 0..255")
+    alpha = "A" in image.mode or "transparency" in image.info
+    if alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError("some pixels are transparent: expected opaque ones; put it on a background")
 
 # %% ../../nbs/vision/15_sources.ipynb #1f6d933d
 def _arrays(files, source):
