@@ -2,8 +2,10 @@
 import pickle
 import subprocess
 import sys
+import warnings
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
@@ -90,6 +93,57 @@ def test_loaders_with_samplers(sets):
     assert torch.equal(torch.cat([y for _, y in batches]), y) and batches.batch_size == 50
     own = DataLoader(sets[0], batch_sampler=[[1, 2], [3]])
     assert in_order(own) is own
+    assert torch.equal(read(RandomSampler(range(9))), y[:9])       # which draws from a part of the data set
+
+
+class Draws(Sampler):
+    "In an order drawn by a generator of NumPy, perhaps beside something that cannot be copied."
+    def __init__(self, size, beside=None): self.size, self.rng, self.beside = size, np.random.default_rng(0), beside
+    def __len__(self): return self.size
+    def __iter__(self): yield from self.rng.permutation(self.size).tolist()
+
+
+def test_training_draws_the_same_numbers(sets):
+    net, size = Net(), len(sets[0])
+    watched, alone = Draws(size), Draws(size)
+    Watcher("pool").measure_epoch(net, 0, DataLoader(sets[0], 100, sampler=watched), None)
+    assert list(watched) == list(alone)
+    assert len(in_order(DataLoader(sets[0], sampler=Draws(size, (i for i in ())), batch_size=9)).sampler) == size
+    shared, alone = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    loaders = [DataLoader(s, 100, shuffle=not i, generator=shared) for i, s in enumerate(sets)]
+    Watcher("pool").measure_epoch(net, 0, *loaders)
+    assert torch.equal(shared.get_state(), alone.get_state())
+
+
+class Stream(IterableDataset):
+    "The samples one after the other; it has no length."
+    def __init__(self, dataset): self.dataset = dataset
+    def __iter__(self): yield from self.dataset
+
+
+def test_the_shares_of_processes_are_put_together(sets):
+    from accelerate.data_loader import prepare_data_loader
+    share, whole = dict(num_processes=2, process_index=1, put_on_device=False), [DataLoader(s, 500) for s in sets]
+    distributed = DataLoader(sets[1], 100, sampler=DistributedSampler(sets[1], num_replicas=2, rank=1))
+    accelerated = [prepare_data_loader(DataLoader(s, 50, shuffle=True), **share) for s in sets]
+    evenly = prepare_data_loader(DataLoader(sets[1], 50), split_batches=True, **share)
+    expected = measure(net := Net(), *whole, "pool")
+    for train, test in ((accelerated[0], accelerated[1]), (whole[0], distributed), (whole[0], evenly)):
+        watcher = Watcher("pool")
+        watcher.measure_epoch(net, 0, train, {"test": test})
+        same(watcher.history, expected, 0)
+
+
+def test_a_loader_that_may_be_a_share_is_named(sets, monkeypatch):
+    streams = DataLoader(Stream(sets[1]), 100)
+    assert Watcher("pool", test_dl=streams).measure_epoch(Net(), 0, DataLoader(sets[0], 500), None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    replicas = Draws(len(sets[0]))
+    replicas.num_replicas = 2
+    for loader in (streams, DataLoader(sets[0], batch_sampler=[[1, 2], [3]]), DataLoader(sets[0], sampler=replicas)):
+        with pytest.warns(UserWarning, match="samples of this process only.*train_dl= and test_dl="): in_order(loader)
+    with warnings.catch_warnings(action="error"): in_order(DataLoader(sets[0], 100, shuffle=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*not measured")
@@ -123,7 +177,7 @@ def same(history, report, epoch):
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
 
-def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None, tests=None):
+def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None, tests=None, **resume):
     import lightning as L
 
     class Module(L.LightningModule):
@@ -141,7 +195,7 @@ def lightning_run(sets, *callbacks, epochs=3, sampler=None, lr=0.01, module=None
                         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     torch.manual_seed(1)
     trainer.fit(module, DataLoader(sets[0], 100, shuffle=sampler is None, sampler=sampler),
-                tests or DataLoader(sets[1], 100))
+                tests or DataLoader(sets[1], 100), **resume)
     return trainer, module, logger
 
 
@@ -194,6 +248,25 @@ def test_lightning_measures_what_the_sampler_draws_and_goes_on(sets):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lightning_counts_the_epochs_that_were_trained(sets, tmp_path):
+    import lightning as L
+
+    from nc_nbdev.lab.integrations import LightningCollapse
+
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module): trainer.should_stop = trainer.current_epoch == 2
+
+    watcher = LightningCollapse(layers="pool", every=2)
+    trainer, module, _ = lightning_run(sets, watcher, Stop(), epochs=9)
+    trainer.save_checkpoint(tmp_path / "three")
+    lightning_run(sets, watcher, module=module, epochs=2)
+    assert sorted(watcher.history.epoch.unique()) == [0, 2, 5]
+    resumed = LightningCollapse(layers="pool")
+    lightning_run(sets, resumed, epochs=4, ckpt_path=tmp_path / "three", weights_only=False)
+    assert sorted(resumed.history.epoch.unique()) == [3, 4]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_lightning_with_a_list_of_validation_loaders(sets):
     from nc_nbdev.lab.integrations import LightningCollapse
     several, one = LightningCollapse(layers="pool"), LightningCollapse(layers="pool")
@@ -242,19 +315,38 @@ def test_hugging_face(reporters, data, tmp_path):
         assert sorted(watcher.history.epoch.unique()) == [0, 1, 2, 3, 4]
 
 
+class Model(nn.Module):
+    def __init__(self): super().__init__(); self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+    def forward(self, x, labels=None):
+        out = self.head(self.body(x).relu())
+        return out if labels is None else {"loss": nn.functional.cross_entropy(out, labels), "logits": out}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_counts_the_epochs_that_were_trained(tmp_path):
+    import transformers
+
+    from nc_nbdev.lab.integrations import TrainerCollapse
+    rows = [dict(x=torch.randn(6), labels=i % 4) for i in range(40)]     # five steps an epoch
+    def epochs(every=1, resume=None, save="no", **how):
+        arguments = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, save_strategy=save,
+                                                   disable_tqdm=True, logging_strategy="no", **how)
+        callback = TrainerCollapse(every=every)
+        trainer = transformers.Trainer(Model(), arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        assert not callback.history.duplicated(["epoch", "split", "layer", "measure"]).any()
+        return sorted(callback.history.epoch.unique())
+    assert epochs(max_steps=2, every=5) == [0, 1] and epochs(num_train_epochs=2.4) == [0, 1, 2, 3]
+    assert epochs(num_train_epochs=2, save="epoch") == [0, 1, 2]
+    assert epochs(num_train_epochs=3, resume=str(tmp_path / "checkpoint-10")) == [2, 3]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit|.*deprecated")
 @pytest.mark.parametrize("known", [False, True])
 def test_hugging_face_with_several_validation_sets(known, tmp_path):
     import transformers
 
     from nc_nbdev.lab.integrations import TrainerCollapse
-
-    class Model(nn.Module):
-        def __init__(self): super().__init__(); self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
-        def forward(self, x, labels=None):
-            out = self.head(self.body(x).relu())
-            return out if labels is None else {"loss": nn.functional.cross_entropy(out, labels), "logits": out}
-
     rows = [dict(x=torch.randn(6), labels=i % 4) for i in range(40)]
     arguments = transformers.TrainingArguments(
         str(tmp_path), num_train_epochs=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)

@@ -457,6 +457,12 @@ def test_a_recorder_that_measures_nothing_says_so(data):
         resumed.fit(5, start_epoch=3)
 
 
+def test_a_recorder_of_a_training_that_goes_on(data):
+    recorder = CollapseRecorder("pool", every=2)
+    with (learn := learner(data)).no_logging(): learn.fit(5, cbs=recorder, start_epoch=3)
+    assert sorted(recorder.history.epoch.unique()) == [3, 4, 5]
+
+
 class Squeezing(Net):
     "Loses the dimension of a batch of one sample."
     def forward(self, x): return super().forward(x).squeeze(0)

@@ -182,6 +182,20 @@ def test_batches_do_not_matter(net, data, batch_size):
     for layer in tap_layers(net): assert torch.allclose(hand[layer], whole[0][layer], atol=1e-6)
 
 
+@pytest.mark.parametrize("module", [
+    nn.LSTM(4, 6), nn.TransformerEncoderLayer(4, 2, 8), nn.MultiheadAttention(4, 2),
+    nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 1, enable_nested_tensor=False)])
+def test_time_before_the_batch(module):
+    "An error for as many positions as samples, as for other numbers, where the shape alone is read."
+    inputs = (torch.randn(5, 5, 4),) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+    model = nn.ModuleList([module])
+    for layer in ("0", "0:input"):
+        with pytest.raises(ValueError, match=rf"layer '{layer}': .*batch_first=False inside; give pool="), \
+             FeatureTaps(model, layer): model[0](*inputs)
+    with FeatureTaps(model, "0", lambda t: t.mean(0)) as taps: model[0](*inputs)
+    assert taps["0"].shape == (5, module.hidden_size if isinstance(module, nn.LSTM) else 4)
+
+
 def test_autocast_outside_changes_nothing(net, data):
     dl = loaders(data)[1]
     plain = layer_features(net, dl, "pool")[0]["pool"]

@@ -8,12 +8,15 @@ Callbacks of other frameworks that measure collapse during training, `LightningC
 __all__ = ['in_order', 'Watcher', 'log_names', 'needs']
 
 # %% ../../nbs/lab/35_integrations.ipynb #5d8fb469
+import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import (
@@ -39,28 +42,36 @@ from .taps import undisturbed
 def in_order(
     dl: Iterable,    # a loader of PyTorch, or any other
 ) -> Iterable:       # the same samples, in order and all of them where that can be asked for
-    "A loader to measure with."
-    if not isinstance(dl, DataLoader) or isinstance(dl.dataset, IterableDataset): return clean_loader(dl)
+    "A loader to measure with, of the samples of all processes. Warns where it may be the share of one."
+    dl = getattr(dl, "base_dataloader", dl)              # accelerate's own waits for the other processes
+    if not isinstance(dl, DataLoader) or isinstance(dl.dataset, IterableDataset): return _as_it_is(clean_loader(dl))
     batches = dl.batch_sampler
-    if not (batches is None or type(batches) is BatchSampler): return dl
+    while isinstance(getattr(batches, "batch_sampler", None), BatchSampler): batches = batches.batch_sampler   # shares
+    if not (batches is None or type(batches) is BatchSampler): return _as_it_is(dl)
     sampler, size, drops = (dl.sampler, None, False) if batches is None else (
         batches.sampler, batches.batch_size, batches.drop_last)
-    if isinstance(sampler, SequentialSampler) and not drops: return dl
-    return DataLoader(dl.dataset, size, sampler=_drawn(sampler), collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+    if isinstance(sampler, SequentialSampler) and not drops and batches is dl.batch_sampler: return dl
+    drawn = _drawn(sampler, dl.dataset)
+    return DataLoader(dl.dataset, size, sampler=drawn, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
-def _drawn(sampler):
+def _as_it_is(dl):
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn("a loader of an unknown kind may give the samples of this process only, and collapse is measured "
+                      "on these: give loaders of all samples, train_dl= and test_dl=", stacklevel=2)
+    return dl
+
+def _drawn(sampler, dataset):
     "Indices of the samples that a sampler draws from, or None for the whole data set, in order."
-    everything = RandomSampler, SequentialSampler, DistributedSampler
     if isinstance(sampler, DistributedSampler) and hasattr(sampler.dataset, "_sampler"):   # Lightning's wrapper
-        return _drawn(sampler.dataset._sampler)
+        return _drawn(sampler.dataset._sampler, dataset)
     if isinstance(sampler, SubsetRandomSampler): return list(sampler.indices)
     if isinstance(sampler, WeightedRandomSampler): return sampler.weights.nonzero().flatten().tolist()
-    if isinstance(sampler, everything) or not hasattr(sampler, "__len__"): return None
-    own = getattr(sampler, "generator", None)
-    state = own.get_state() if isinstance(own, torch.Generator) else None
-    with undisturbed(): drawn = list(sampler)
-    if state is not None: own.set_state(state)   # training draws what it would have drawn
-    return drawn
+    if isinstance(sampler, (RandomSampler, SequentialSampler)): return range(len(sampler.data_source))
+    if isinstance(sampler, DistributedSampler): return range(len(sampler.dataset))
+    if not hasattr(sampler, "__len__"): return None
+    if hasattr(sampler, "num_replicas"): _as_it_is(sampler)
+    with suppress(Exception): sampler = copy.deepcopy(sampler, {id(dataset): dataset})   # training draws from the other
+    with undisturbed(sampler): return list(sampler)
 
 # %% ../../nbs/lab/35_integrations.ipynb #d2983b36
 class Watcher:
@@ -83,7 +94,7 @@ class Watcher:
         super().__init__()
         if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every!r}: expected a positive integer")
         self.every, self.train_loader, self.test_loaders, self.rows = every, train_dl, test_dl, []
-        self._network, self.done = None, 0
+        self._network, self.done, self._earlier = None, 0, 0     # epochs done in all, and before this training
         self.reasons = {}   # epoch -> why something that was measured before could not be measured
         self.options = dict(layers=layers, num_classes=num_classes, references=references, pool=pool, batch=batch,
                             output=output, next_token=next_token, absent=absent)
@@ -106,7 +117,7 @@ def start(
 ):
     "Before a training: go on counting after the last one, unless the framework does, whose count is `epoch`."
     self._one_network(network)
-    self.done = 0 if epoch else max((row["epoch"] for row in self.rows), default=0)
+    self._earlier = 0 if epoch else self.done
 
 @patch
 def measure_epoch(
@@ -117,10 +128,19 @@ def measure_epoch(
     test_dl: Iterable | Mapping[str, Iterable] | None,   # used unless the callback has test loaders of its own
 ) -> dict[str, float]:                             # collapse/split/layer/measure -> value
     "Measure and keep the rows; what goes to the framework's own logger."
-    train = in_order(train_dl) if self.train_loader is None else self.train_loader
-    known = len(self.rows)
-    self._report(model, epoch, train, self.test_loaders or test_dl)
+    train, tests, known = self.train_loader, self.test_loaders, len(self.rows)
+    if train is None: train = in_order(train_dl)
+    if tests is None: tests = _each(test_dl)
+    self._report(model, epoch, train, tests)
     return _logged(pd.DataFrame(self.rows[known:], columns=list(COLUMNS)))
+
+@patch
+def _is_new(self: Watcher, epoch): return all(row["epoch"] != epoch for row in self.rows)
+
+def _each(tests):
+    "Validation loaders `in_order`: one, several by name, or None."
+    return {n: in_order(dl) for n, dl in tests.items()} if isinstance(tests, Mapping) else (
+        None if tests is None else in_order(tests))
 
 # %% ../../nbs/lab/35_integrations.ipynb #82a9c42d
 def log_names(
@@ -162,16 +182,17 @@ def _lightning():
         def on_train_start(self, trainer, pl_module):
             self.start(_network(pl_module, package), trainer.current_epoch)
             if self.rows: return                                # a second fit goes on
-            logged = self._now(trainer, pl_module, 0)
+            logged = self._now(trainer, pl_module, trainer.current_epoch)
             for logger in trainer.loggers: logger.log_metrics(logged, step=trainer.global_step)
 
         def on_train_epoch_end(self, trainer, pl_module):
             epoch = trainer.current_epoch + 1
+            self.done = self._earlier + epoch
             if epoch % self.every and epoch != trainer.max_epochs: return
-            pl_module.log_dict(self._now(trainer, pl_module, self.done + epoch), rank_zero_only=True)
+            pl_module.log_dict(self._now(trainer, pl_module, self.done), rank_zero_only=True)
 
         def _now(self, trainer, pl_module, epoch):
-            if not trainer.is_global_zero: return {}            # the network has the same weights in every process
+            if not (trainer.is_global_zero and self._is_new(epoch)): return {}     # every process has the same weights
             tests = trainer.val_dataloaders
             if isinstance(tests, (list, tuple)):
                 tests = {f"test{i}": dl for i, dl in enumerate(tests)} if len(tests) > 1 else (*tests, None)[0]
@@ -196,15 +217,17 @@ def _transformers():
         _warned = False
 
         def on_train_begin(self, args, state, control, **now):
-            self.start(now["model"], round(state.epoch or 0))
-            if not self.rows: self._now(state, 0, **now)
+            epoch = math.floor((state.epoch or 0) + 1e-9)       # a resumed training goes on there
+            self.start(now["model"], epoch)
+            if not self.rows: self._now(state, epoch, **now)
 
         def on_epoch_end(self, args, state, control, **now):
-            epoch = round(state.epoch)
-            if epoch % self.every == 0 or epoch == args.num_train_epochs: self._now(state, self.done + epoch, **now)
+            epoch = math.ceil(state.epoch - 1e-9)
+            self.done = self._earlier + epoch
+            if epoch % self.every == 0 or control.should_training_stop: self._now(state, self.done, **now)
 
         def _now(self, state, epoch, model, train_dataloader, eval_dataloader, **rest):
-            if not state.is_world_process_zero: return
+            if not (state.is_world_process_zero and self._is_new(epoch)): return
             logged = self.measure_epoch(model, epoch, train_dataloader, self._tests(eval_dataloader))
             if self.trainer is not None: self.trainer.log(logged)
             else: state.log_history.append(logged | {"epoch": epoch, "step": state.global_step})

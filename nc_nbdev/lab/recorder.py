@@ -9,6 +9,7 @@ __all__ = ['clean_loader', 'CollapseRecorder', 'missing_rows']
 
 # %% ../../nbs/lab/30_recorder.ipynb #26e41e67
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import cycle
 
@@ -64,15 +65,16 @@ class CollapseRecorder(Callback):
 # %% ../../nbs/lab/30_recorder.ipynb #22cc8626
 @patch
 def before_fit(self: CollapseRecorder):
-    "Find the loaders and measure the untrained network; idle while fastai looks for a learning rate or predicts."
+    "Find the loaders and measure the network as it begins; idle while fastai looks for a learning rate or predicts."
     self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self, "gather_preds")
     if not self.run: return
     self._one_network(self.model)
-    self._earlier, self._first = self.done, True   # a second fit goes on counting where the first ended
+    start = getattr(getattr(self.learn, "skip_to_epoch", None), "_skip_to", 0)     # of `fit(start_epoch=)`
+    self._earlier, self._first = 0 if start else self.done, True   # a second fit goes on where the first ended
     train, tests = self.given                      # the learner's data may be others in every fit
     with undisturbed(): self.train_loader = clean_loader(self.dls.train) if train is None else train
     self.test_loaders = {"test": self.dls.valid} if tests is None else tests
-    if not self.rows: self._measure(0)
+    if not self.rows: self._measure(start)
 
 @patch
 def _one_network(self: CollapseRecorder, model):
@@ -103,8 +105,9 @@ def _check_epochs(self: CollapseRecorder, first, last):
 def _due(self: CollapseRecorder, epoch):
     "Whether to measure after this many epochs: the first and last always, unless told which."
     if self.epochs is not None: return epoch in self.epochs
-    if epoch in (0, self._earlier + self.n_epoch): return True
-    return epoch in log_epochs(self.n_epoch, 24) if self.every == "log" else epoch % self.every == 0
+    last = self._earlier + self.n_epoch
+    if not self.rows or epoch == last: return True
+    return epoch in log_epochs(last, 24) if self.every == "log" else epoch % self.every == 0
 
 @patch
 def _measure(self: CollapseRecorder, epoch):
@@ -135,8 +138,9 @@ def missing_rows(
 @patch
 def _report(self: CollapseRecorder, model, epoch, train, tests):
     "Measure, and keep the rows of an epoch; the report, or None where nothing can be measured any more."
+    every = tests.values() if isinstance(tests, Mapping) else [tests]
     try:
-        report = measure(model, train, tests, **self.options)
+        with undisturbed(train, *every): report = measure(model, train, tests, **self.options)
     except ValueError as e:
         if not self.rows: raise         # the call is wrong, not the training
         return self._add([], epoch, [str(e)])

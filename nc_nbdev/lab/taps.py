@@ -289,6 +289,13 @@ def _doubt(t, layer, channels):
     return (f"Layer {layer}: the activation (B, {', '.join(map(str, t.shape[1:]))}) was read as {read}; if it is "
             f"{other}, give pool={{{layer!r}: lambda t: t.{mean}}}.")
 
+def _check_time(t, layer, module):
+    "Raise `ValueError` where time may come before the batch, and the shape does not say so."
+    if t.ndim != 3 or not 1 < t.shape[0] == t.shape[1]: return
+    if all(getattr(m, "batch_first", True) for m in module.modules()): return
+    raise ValueError(f"layer {layer!r}: {tuple(t.shape)} is (T, B, D) or (B, T, D), with batch_first=False inside; "
+                     f"give pool={{{layer!r}: lambda t: t.mean(0)}} for the first, t.mean(1) for the second")
+
 
 # %% ../../nbs/lab/20_taps.ipynb #38aaa51e
 class FeatureTaps:
@@ -324,6 +331,7 @@ class FeatureTaps:
             self._calls[layer] += 1
             if self._calls[layer] > 1: return
             t, pool = _first_tensor(value, layer), self.pools[layer]
+            if not callable(pool): _check_time(t, layer, module)
             channels, sure = _channels(t, self._wrote[layer])
             averaged = pool == "avg" and (self.rows is None or self.rows.ndim == 1)
             if averaged and not sure: self.doubts[layer] = _doubt(t, layer, channels)
@@ -367,16 +375,24 @@ def evaluating(
     modes = [(module, module.training) for module in model.modules()]
     try: yield model.eval()
     finally:
-        for module, mode in modes: module.training = mode
+        for module, mode in modes:          # from the outside to the inside
+            if module.training != mode: module.train(mode)
+        for module, mode in modes: module.training = mode     # also where `train` gives another mode
 
 # %% ../../nbs/lab/20_taps.ipynb #2cdfc23f
 @contextmanager
-def undisturbed():
+def undisturbed(
+    *loaders,   # or samplers, whose own `generator` is put back as well
+):
     "Put the generators of Python, NumPy and PyTorch back as they were."
     python, numpy = random.getstate(), np.random.get_state()
+    own = [g for dl in loaders if isinstance(g := getattr(dl, "generator", None), torch.Generator)]
+    states = [g.get_state() for g in own]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())): yield
-    finally: random.setstate(python); np.random.set_state(numpy)
+    finally:
+        random.setstate(python); np.random.set_state(numpy)
+        for generator, state in zip(own, states, strict=True): generator.set_state(state)
 
 # %% ../../nbs/lab/20_taps.ipynb #1fd7d438
 LABELS = ("labels", "label", "target", "y")   # where the labels of a batch with names are, the first that is there

@@ -9,6 +9,7 @@ __all__ = ['prepare_data', 'mse_one_hot', 'learning_rate', 'make_learner', 'Imag
 
 # %% ../../nbs/vision/40_training.ipynb #ee366937
 import math
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -86,11 +87,11 @@ def make_learner(
 class _Autocast(Callback):
     "Run the network in bfloat16 where that is safe, in training only; weights, loss and gradients stay float32."
     def before_batch(self):
-        self.context = torch.autocast(self.xb[0].device.type, torch.bfloat16)
-        self.context.__enter__()
+        if self.training: self.contexts.enter_context(torch.autocast(self.xb[0].device.type, torch.bfloat16))
     def after_pred(self):
-        self.context.__exit__(None, None, None)
+        self.contexts.close()
         self.learn.pred = self.pred.float()
+    def after_cancel_batch(self): self.contexts.close()
 
 # %% ../../nbs/vision/40_training.ipynb #e3b2ccd3
 _events = {f"{when}_{what}" for when in ("before", "after", "after_cancel")
@@ -104,7 +105,8 @@ class ImageLearner(Learner):
         plain = isinstance(self.dl, TensorLoader) and self.training and hasattr(self, "recorder")
         if plain and len(watch) == 1 and type(watch[0]) is ParamScheduler and {*watch[0].scheds} == {"lr"}:
             self._plain_epoch(watch[0])
-        else: super().all_batches()
+        else:
+            with ExitStack() as self.contexts: super().all_batches()     # what callbacks enter ends with any exception
 
     def _plain_epoch(self, schedule):
         self.n_iter, optimiser, seen = len(self.dl), self.opt.opt, self.recorder
