@@ -463,7 +463,8 @@ def _keep(results, runs, out):
             (draft / "figures" / f"{name}.png").write_bytes(png)
         history = pd.concat([r.history for r in results]).astype({"value": "float32"})
         order = [name for name in COLUMNS if name != "value"]
-        history.sort_values(order).to_parquet(draft / "history.parquet", index=False, compression="zstd")
+        history.sort_values(order).to_parquet(draft / "history.parquet", index=False, compression="zstd",
+                                              use_dictionary=order, use_byte_stream_split=["value"])   # half the size
         draft.rename(out)
 
 # %% ../nbs/reproduce.ipynb #49c11e84
