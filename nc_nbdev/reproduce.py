@@ -6,7 +6,7 @@ All studies by name (`STUDIES`), and `reproduce`, also the command `nc-reproduce
 
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'load_study', 'primary_ids', 'report_html', 'tally', 'format_scoreboard', 'reproduce',
-           'report_folder', 'plan', 'format_plan', 'results_folder', 'part_name', 'kept_results', 'kept_board',
+           'results_folder', 'report_folder', 'plan', 'format_plan', 'part_name', 'kept_results', 'kept_board',
            'verdicts_today', 'kept_figure', 'kept_figures', 'measured_design', 'format_agreement', 'code_hash',
            'register', 'confirm', 'main']
 
@@ -191,6 +191,13 @@ def _settings(**asked):
     return get_settings(**{k: v for k, v in asked.items() if v is not None})
 
 
+def results_folder(
+    settings: Settings,   # its folder of runs decides
+) -> Path:                # results/ beside the folder of runs
+    "Where kept results are looked for."
+    return Path(settings.runs_dir).parent / "results"
+
+
 def report_folder(
     settings: Settings,             # its folder of runs decides
     out: str | Path | None = None,  # a folder of one's own choice
@@ -259,13 +266,6 @@ def format_plan(
                       "Measuring and simulations come on top."])
 
 # %% ../nbs/reproduce.ipynb #b478cbe0
-def results_folder(
-    settings: Settings,   # its folder of runs decides
-) -> Path:                # results/ beside the folder of runs
-    "Where kept results are looked for."
-    return Path(settings.runs_dir).parent / "results"
-
-
 def part_name(
     settings: Settings,   # scale, data sets and overrides
 ) -> str:                 # for instance "quick, digits"
