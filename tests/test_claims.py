@@ -99,7 +99,7 @@ def test_the_signs_of_few_seeds_are_enumerated():
 
 def test_a_bound_from_the_wrong_side_is_refused():
     for wrong in (dict(at_least=1, bound="upper"), dict(at_most=1, bound="lower")):
-        with pytest.raises(ValueError, match="statement s: bound of what is at (least|most) a bar"):
+        with pytest.raises(ValueError, match="statement s, at (least|most) a bar: bound"):
             Statement("s", "", "", "", **wrong)
 
 

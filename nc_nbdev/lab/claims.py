@@ -69,7 +69,7 @@ class Statement:
         check_number(f"statement {self.id}: bar", self.bar, -math.inf)
         check_choice(f"statement {self.id}: interval", self.interval, _KINDS)
         proves = "lower" if self.at_most is None else "upper"      # a bound from the other side would prove nothing
-        check_choice(f"statement {self.id}: bound of what is {self.direction} a bar", self.bound, ("", proves))
+        check_choice(f"statement {self.id}, {self.direction} a bar: bound", self.bound, ("", proves))
 
     @property
     def bar(self) -> float:
