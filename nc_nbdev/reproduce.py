@@ -433,6 +433,9 @@ def confirm(
     _check_design(entry, settings, file)
     out = folder / scale / f"{date.today().isoformat()}-{name}"
     results = _run(entry["studies"], settings, report_folder(settings) / f"confirm-{scale}", progress)
+    if others := {r for found in results for r in found.history.run if r} - set(entry["runs"]):
+        raise ValueError(f"{Path(settings.runs_dir) / 'studies'}: a result there is of {len(others)} runs that are not "
+                         "registered, of another processor perhaps; move this folder away and confirm again")
     _keep(results, [Run(None, Path(settings.runs_dir) / r) for r in entry["runs"]], out)
     return _claims(results), out
 

@@ -364,6 +364,13 @@ def test_a_design_that_was_changed_by_hand_is_not_confirmed(tiny_project):
     with pytest.raises(ValueError, match="statements of quick are not those"): command.confirm("quick", progress=False)
 
 
+def test_results_of_other_runs_are_not_confirmed(tiny_project, monkeypatch):
+    command.register(command._settings(first_seed=1000, seeds=2), "random_labels")
+    monkeypatch.setattr(command, "_run", lambda *_: [SimpleNamespace(history=pd.DataFrame({"run": ["image-0"]}))])
+    with pytest.raises(ValueError, match="of 1 runs that are not registered"): command.confirm("quick", progress=False)
+    assert not (tiny_project / "results" / "quick").exists()
+
+
 def test_kept_results_are_the_newest_that_stand(tmp_path):
     made = Statement("a", "", "", "", at_least=1).claim([2, 2], [0, 0])
     for day, value in (("2026-01-01-x", 1.0), ("2026-01-02-y", 2.0), ("2026-01-03-z", 3.0)):

@@ -142,8 +142,8 @@ CLAIMS = (
               interval="log-t", source=_base, reason="90 % of what there is"),
     Statement("nr3", "Layers below the last have few dimensions, too", "noise two layers below the last, at the end",
               "no weight decay", at_most=0.05, interval="log-t", source=_deep, reason="95 % of the variance"),
-    Statement("nr4", "and the next layer reads their directions", "alignment two layers below the last, at the end",
-              "no weight decay", at_least=0.95, source=_deep, reason="an angle of 18 degrees"),
+    Statement("nr4", "and the next layer reads their directions", "1 - alignment two layers below the last, at the end",
+              "no weight decay", at_most=0.05, interval="log-t", source=_deep, reason="an angle of 18 degrees"),
     Statement("nr5", "The last layer has the shape that the targets' covariance predicts", "nrc3 at the end",
               "no weight decay", at_most=0.05, interval="log-t", source=_base, reason="an angle of 13 degrees"))
 
@@ -183,5 +183,5 @@ def run_regression(
     pair = lambda measure, layer, name, other: (end(measure, layer, name), end(measure, layer, other))
     last, below = ("hidden 4", "decay", "no decay"), ("hidden 4", "six layers", "six layers, no decay")
     found = {"nr1": pair("nrc1", *last), "nr2": pair("nrc2", *last), "nr3": pair("noise", *below),
-             "nr4": pair("alignment", *below), "nr5": pair("nrc3", *last)}
+             "nr4": tuple(1 - values for values in pair("alignment", *below)), "nr5": pair("nrc3", *last)}
     return Measured(found, history, {"regression": _figure(history)})
