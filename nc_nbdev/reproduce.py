@@ -384,7 +384,7 @@ def code_hash(
 ) -> str:               # 16 hexadecimal digits
     "A hash of the names of studies and of the code that they use."
     files = {m: f for name in names for m, f in code_used(f"nc_nbdev.{STUDIES[name]}").items()}
-    digest = hashlib.sha256(" ".join(names).encode())
+    digest = hashlib.sha256(" ".join(sorted(names)).encode())
     for _, file in sorted(files.items()): digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -396,9 +396,10 @@ def register(
 ) -> dict:                # the entry
     "Add a design to results/registration.json. Raises `ValueError` where it is there, or for seeds to explore with."
     names, file = study_names(studies or "paper"), results_folder(settings) / "registration.json"
-    known, code, recipes = _registered(file.parent), code_hash(names), plan(settings, names)
+    image_grid(settings)     # unknown keys and data sets
     if settings.first_seed < 1000:
         raise ValueError(f"first_seed={settings.first_seed}: seeds below 1000 are to explore with; expected others")
+    known, code, recipes = _registered(file.parent), code_hash(names), plan(settings, names)
     entry = dict(scale=settings.preset, date=date.today().isoformat(), code=code, studies=names,
                  datasets=list(settings.datasets), overrides=settings.overrides, first_seed=settings.first_seed,
                  seeds=settings.seeds, note=note,
@@ -433,7 +434,7 @@ def confirm(
     _check_design(entry, settings, file)
     out = folder / scale / f"{date.today().isoformat()}-{name}"
     results = _run(entry["studies"], settings, report_folder(settings) / f"confirm-{scale}", progress)
-    if others := {r for found in results for r in found.history.run if r} - set(entry["runs"]):
+    if others := {r for found in results for r in found.history.run.unique() if r} - set(entry["runs"]):
         raise ValueError(f"{Path(settings.runs_dir) / 'studies'}: a result there is of {len(others)} runs that are not "
                          "registered, of another processor perhaps; move this folder away and confirm again")
     _keep(results, [Run(None, Path(settings.runs_dir) / r) for r in entry["runs"]], out)

@@ -196,6 +196,18 @@ def test_time_before_the_batch(module):
     assert taps["0"].shape == (5, module.hidden_size if isinstance(module, nn.LSTM) else 4)
 
 
+def test_a_block_that_transposes_inside_may_have_as_many_positions_as_samples():
+    "A module of one's own gives (B, T, D), whatever its attention is told: its last batch may have any size."
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.MultiheadAttention(4, 1)
+        def forward(self, x): return self.mix(*[x.mT.permute(2, 0, 1)] * 3)[0].transpose(0, 1)
+    t = torch.randn(5, 5, 4)
+    with FeatureTaps(model := nn.ModuleList([Block()]), "0") as taps: out = model[0](t)
+    torch.testing.assert_close(taps["0"], out.mean(1))
+
+
 def test_autocast_outside_changes_nothing(net, data):
     dl = loaders(data)[1]
     plain = layer_features(net, dl, "pool")[0]["pool"]

@@ -70,8 +70,16 @@ def _drawn(sampler, dataset):
     if isinstance(sampler, DistributedSampler): return range(len(sampler.dataset))
     if not hasattr(sampler, "__len__"): return None
     if hasattr(sampler, "num_replicas"): _as_it_is(sampler)
-    with suppress(Exception): sampler = copy.deepcopy(sampler, {id(dataset): dataset})   # training draws from the other
+    with suppress(Exception): sampler = copy.deepcopy(sampler, _shared(sampler, dataset))   # training draws from it
     with undisturbed(sampler): return list(sampler)
+
+def _shared(sampler, dataset):
+    "What a copy of a sampler shares with it, by id: the data sets inside each other, and networks."
+    shared = [v for v in getattr(sampler, "__dict__", {}).values() if isinstance(v, torch.nn.Module)]
+    while dataset is not None:
+        shared.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+    return {id(v): v for v in shared}
 
 # %% ../../nbs/lab/35_integrations.ipynb #d2983b36
 class Watcher:

@@ -88,7 +88,6 @@ def _one_network(self: CollapseRecorder, model):
 @patch
 def after_train(self: CollapseRecorder):
     "Measure, if due, when an epoch's batches are done and before fastai validates."
-    if self._first and self.epoch > 0: self._earlier = 0   # resumed by `start_epoch`, which counts from the first fit
     if self._first: self._check_epochs(self._earlier + self.epoch + 1, self._earlier + self.n_epoch)
     self._first, self.done = False, self._earlier + self.epoch + 1
     self._measure(self.done)

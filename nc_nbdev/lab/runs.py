@@ -114,7 +114,7 @@ class Run:
 
     @property
     def made(self) -> list[dict]:
-        "Which machine, versions and commit trained it, an `environment` a sitting; [] where that was not written yet."
+        "Which machine, versions and commit trained it: an `environment` each time it began or went on."
         return self.entry.read_json("recipe.json").get("made", [])
 
     @cached_property
@@ -330,13 +330,20 @@ class Waiting:
         self.seconds += 1
 
 # %% ../../nbs/lab/40_runs.ipynb #7d1f20a2
-def environment() -> dict:
+def environment(
+    device: str | torch.device | None = None,   # where it computes, default a GPU where there is one
+) -> dict:
     "Versions, commit and machine, to go with numbers."
-    import torch
-    packages = {p: metadata.version(p) for p in ("nc_nbdev", "torch", "torchvision", "fastai", "scikit-learn", "numpy")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
-    return {"date": date.today().isoformat(), "commit": _commit(), "device": device,
+    packages = {p: _version(p) for p in ("nc_nbdev", "torch", "torchvision", "fastai", "scikit-learn", "numpy")}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {os.cpu_count()} cores"
+    return {"date": date.today().isoformat(), "commit": _commit(), "device": name,
             "kernels": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), **packages}
+
+def _version(package):
+    "Of an installed package; empty for one that is on the path only."
+    try: return metadata.version(package)
+    except metadata.PackageNotFoundError: return ""
 
 def _processor():
     "Its name, where the system says it."
@@ -372,7 +379,7 @@ def _train(run, device, bar, seconds):
     learn, recorder, start = _resumed(run, device)
     made = run.made if start else _forget(entry)
     entry.write_json("recipe.json", dict(format=FORMAT, kind=_kind(type(recipe)), changed=_changed(recipe),
-                                         made=[*made, environment()], **asdict(recipe)))
+                                         made=[*made, environment(device)], **asdict(recipe)))
     checkpoint, finite = _Checkpoint(run, recorder, seconds, start), _Finite()
     cbs = [SeedEachEpoch(recipe.seed), finite, recorder, checkpoint]
     if bar: cbs.append(_Bar(recorder, recipe.epochs))
@@ -412,7 +419,9 @@ def _set_strays_aside(entry):
 
 def _forget(entry):
     "What was measured with earlier weights of a run that is trained anew: set the history aside, remove the rest."
-    for file in [entry.folder / name for name in entry.manifest() if name in entry]:
+    try: known = entry.manifest()
+    except DamagedFile: known = {}       # is set aside when the first file is written
+    for file in [entry.folder / name for name in known if name in entry]:
         if file.name == "history.parquet": entry.set_aside(file.name)
         elif file.suffix == ".json" and file.name != "recipe.json": file.unlink()
     entry.tidy()
@@ -462,8 +471,8 @@ def parallel(
 ) -> list:                       # results in the order of the jobs
     "Do jobs in worker processes. Raises `RuntimeError`, when all others are done, that names the jobs that failed."
     from joblib import effective_n_jobs
-    jobs, default = list(jobs), effective_n_jobs(-1) if str(device) == "cpu" else 1
-    n_jobs = max(1, min(len(jobs), n_jobs or _at_once.get() or default))
+    jobs, default = list(jobs), -1 if str(device) == "cpu" else 1
+    n_jobs = max(1, min(len(jobs), effective_n_jobs(n_jobs or _at_once.get() or default)))     # -1: all there are
     done = _attempts(jobs, n_jobs)
     bar = progress_bar(done, total=len(jobs), leave=False) if progress and jobs else done
     results, failed = [None] * len(jobs), []
@@ -533,18 +542,18 @@ def workers(
 ):
     "`parallel` uses these workers inside. Raises `ValueError` for no job at once, or where dask is not installed."
     if n_jobs is not None and n_jobs < 1: raise ValueError(f"{n_jobs} jobs at once: expected at least 1")
-    with _cluster(scheduler) if scheduler else nullcontext() as size:
-        token = _at_once.set(n_jobs or size)
-        try: yield
-        finally: _at_once.reset(token)
+    token = _at_once.set(n_jobs or (-1 if scheduler else None))
+    try:
+        with _cluster(scheduler) if scheduler else nullcontext(): yield
+    finally: _at_once.reset(token)
 
 @contextmanager
 def _cluster(scheduler):
-    "joblib on a dask cluster; how many jobs it does at once."
+    "joblib on a dask cluster."
     try: from dask.distributed import Client
     except ImportError as e: raise ValueError(f"scheduler={scheduler!r} needs dask: pip install distributed") from e
-    from joblib import effective_n_jobs, parallel_config
-    with Client(scheduler), parallel_config("dask"): yield effective_n_jobs(-1)
+    from joblib import parallel_config
+    with Client(scheduler), parallel_config("dask"): yield
 
 # %% ../../nbs/lab/40_runs.ipynb #4fd6314e
 def get_runs(
@@ -604,6 +613,7 @@ def list_runs(
         if not (old.exists() or new.exists()): continue
         try: known = {"format": 1, **json.loads((new if new.exists() else old).read_text(encoding="utf-8"))}
         except (OSError, TypeError, ValueError): known = {"format": "damaged"}
+        known.pop("made", None)
         rows.append({"run": folder.name, "finished": (folder / "history.parquet").exists(), **known})
     return pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame(columns=["format", "finished"])
 
@@ -612,7 +622,7 @@ def finished_runs(
     kind: type,           # a class of recipes
     settings: Settings,   # where runs are
 ) -> list[Run]:           # those of this class that can be read
-    "Finished runs on disk, of whatever study. What is damaged, or has fields of old, is left out, with a warning."
+    "Finished runs on disk, of whatever study. Damaged ones and unknown recipes are left out, with a warning."
     found = []
     for file in sorted(Path(settings.runs_dir).glob(f"{_kind(kind)}-*/recipe.json")):
         entry = Entry(file.parent)

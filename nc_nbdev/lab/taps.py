@@ -292,7 +292,8 @@ def _doubt(t, layer, channels):
 def _check_time(t, layer, module):
     "Raise `ValueError` where time may come before the batch, and the shape does not say so."
     if t.ndim != 3 or not 1 < t.shape[0] == t.shape[1]: return
-    if all(getattr(m, "batch_first", True) for m in module.modules()): return
+    inside = module.modules() if type(module).__module__.startswith("torch.nn.") else [module]   # others may transpose
+    if all(getattr(m, "batch_first", True) for m in inside): return
     raise ValueError(f"layer {layer!r}: {tuple(t.shape)} is (T, B, D) or (B, T, D), with batch_first=False inside; "
                      f"give pool={{{layer!r}: lambda t: t.mean(0)}} for the first, t.mean(1) for the second")
 
@@ -331,9 +332,9 @@ class FeatureTaps:
             self._calls[layer] += 1
             if self._calls[layer] > 1: return
             t, pool = _first_tensor(value, layer), self.pools[layer]
-            if not callable(pool): _check_time(t, layer, module)
             channels, sure = _channels(t, self._wrote[layer])
             averaged = pool == "avg" and (self.rows is None or self.rows.ndim == 1)
+            if averaged: _check_time(t, layer, module)
             if averaged and not sure: self.doubts[layer] = _doubt(t, layer, channels)
             self._found[layer] = pool_features(t, pool, self.rows, channels)
         module = self.model.get_submodule(layer.removesuffix(":input"))
