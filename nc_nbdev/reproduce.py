@@ -137,7 +137,7 @@ def report_html(
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nc_nbdev report</title>'
     return f'<!doctype html><html lang="en">{head}<style>{_css}</style>{"".join(parts)}</html>'
 
-
+# %% ../nbs/reproduce.ipynb #2bec1f2f
 def tally(
     claims,   # iterable of `Claim`
 ) -> str:     # one sentence
@@ -300,7 +300,7 @@ def verdicts_today(
     from nc_nbdev.paper.train_vs_test import judged_today
     return {part: judged_today(claims) for part, claims in kept_results(results_folder(settings)).items()}
 
-
+# %% ../nbs/reproduce.ipynb #b2af4740
 def kept_figure(
     folder: str | Path,   # as for `kept_results`
     name: str,            # of a figure that a study returns
@@ -512,7 +512,7 @@ def _check_options(args):
             raise ValueError(f"--{option} with {', '.join(given)}: expected no option that --{option} does not use; "
                              f"leave out --{option}, or {', '.join(given)}")
 
-
+# %% ../nbs/reproduce.ipynb #ab24712b
 def _verify(settings):
     "Print the damaged files of runs and studies. Raises `SystemExit` with status 1 where there are any."
     runs = Path(settings.runs_dir)

@@ -179,7 +179,7 @@ def nrc2(
     if R.diagonal().abs().min() < 1e-12 * R.abs().max(): raise ValueError("W has not full rank")
     return _outside(stats, Q, weighting)
 
-
+# %% ../../nbs/geometry/75_regression.ipynb #91120e2d
 def _head(W, stats):
     "W in float64, or a ValueError."
     W = as_tensor(W, "W (last layer)").cpu()

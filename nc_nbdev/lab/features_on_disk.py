@@ -358,6 +358,7 @@ def measure_command(
         _write(report, args)
     except (ValueError, OSError, MemoryError) as error: parser.exit(2, f"nc-measure: {error}\n")
 
+# %% ../../nbs/lab/28_features_on_disk.ipynb #d7f69ef5
 def _check_place(kind, path):
     "Raises ValueError for a file that has no folder: seen before anything is measured."
     if path is None: return

@@ -49,6 +49,7 @@ def curves(
     seeds = sorted(history.seed[_is(history.condition, rows.condition.iloc[0])].unique())
     return table.reindex(columns=pd.Index(seeds, name="seed"))                # NaN for a seed without numbers
 
+# %% ../../nbs/lab/10_history.ipynb #264be9e1
 def _is(column, word): return (column == word) | column.isna() if word == "" else column == word
 
 def _twice(rows):

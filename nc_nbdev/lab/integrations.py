@@ -60,6 +60,7 @@ def _as_it_is(dl):
                       "on these: give loaders of all samples, train_dl= and test_dl=", stacklevel=2)
     return dl
 
+# %% ../../nbs/lab/35_integrations.ipynb #5631735f
 def _drawn(sampler, dataset):
     "Indices of the samples that a sampler draws from, or None for the whole data set, in order."
     if isinstance(sampler, DistributedSampler) and hasattr(sampler.dataset, "_sampler"):   # Lightning's wrapper

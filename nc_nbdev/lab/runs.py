@@ -427,7 +427,7 @@ def _forget(entry):
     entry.tidy()
     return []
 
-
+# %% ../../nbs/lab/40_runs.ipynb #68e901b3
 def _resumed(run, device):
     "Learner and recorder, with a checkpoint put into them if there is one, and the number of epochs it had done."
     entry, make = run.entry, lambda: (_learner(run.recipe, run.data_dir, device), _recorder(run, device))

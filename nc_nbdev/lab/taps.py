@@ -327,20 +327,23 @@ class FeatureTaps:
     def __exit__(self, *exception):
         for handle in self._handles: handle.remove()
 
-    def _attach(self, layer):
-        def keep(value):
-            self._calls[layer] += 1
-            if self._calls[layer] > 1: return
-            t, pool = _first_tensor(value, layer), self.pools[layer]
-            channels, sure = _channels(t, self._wrote[layer])
-            averaged = pool == "avg" and (self.rows is None or self.rows.ndim == 1)
-            if averaged: _check_time(t, layer, module)
-            if averaged and not sure: self.doubts[layer] = _doubt(t, layer, channels)
-            self._found[layer] = pool_features(t, pool, self.rows, channels)
-        module = self.model.get_submodule(layer.removesuffix(":input"))
-        if not layer.endswith(":input"): return module.register_forward_hook(lambda module, args, output: keep(output))
-        take = lambda module, args, kwargs: keep([*args, *kwargs.values()])
-        return module.register_forward_pre_hook(take, with_kwargs=True)
+# %% ../../nbs/lab/20_taps.ipynb #38aaa51f
+@patch
+def _attach(self: FeatureTaps, layer):
+    "Watch what a layer writes, or reads, and keep its features."
+    def keep(value):
+        self._calls[layer] += 1
+        if self._calls[layer] > 1: return
+        t, pool = _first_tensor(value, layer), self.pools[layer]
+        channels, sure = _channels(t, self._wrote[layer])
+        averaged = pool == "avg" and (self.rows is None or self.rows.ndim == 1)
+        if averaged: _check_time(t, layer, module)
+        if averaged and not sure: self.doubts[layer] = _doubt(t, layer, channels)
+        self._found[layer] = pool_features(t, pool, self.rows, channels)
+    module = self.model.get_submodule(layer.removesuffix(":input"))
+    if not layer.endswith(":input"): return module.register_forward_hook(lambda module, args, output: keep(output))
+    take = lambda module, args, kwargs: keep([*args, *kwargs.values()])
+    return module.register_forward_pre_hook(take, with_kwargs=True)
 
 # %% ../../nbs/lab/20_taps.ipynb #75a6e861
 @patch
