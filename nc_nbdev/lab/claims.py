@@ -40,8 +40,9 @@ def seed_interval(
     centre = float(x.mean())
     if x.size < (6 if kind == "bootstrap" else 2): return centre, -math.inf, math.inf
     if kind == "bootstrap":
-        means = np.random.default_rng(0).choice(x, (10_000, x.size)).mean(axis=1)
-        return centre, *map(float, np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+        means = np.random.default_rng(0).choice(x, (20_000, x.size)).mean(axis=1)
+        tail = _stats.norm.cdf(_stats.t.ppf((1 - level) / 2, x.size - 1) * math.sqrt(x.size / (x.size - 1)))
+        return centre, *map(float, np.quantile(means, [tail, 1 - tail]))       # expanded, since x has few values
     half = float(_stats.t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
     return centre, centre - half, centre + half
 
