@@ -33,7 +33,7 @@ Modules:
 - `nc_nbdev.neighbours.feature_complexity`: Collapse makes samples of a class alike. Do the units of a layer become alike too, so that a wide layer holds few different features?
 - `nc_nbdev.neighbours.few_shot`: A network that learns from small tasks, each with other classes, never has a fixed classifier. Do its features collapse?
 - `nc_nbdev.neighbours.graphs`: The nodes of a graph are classified by their neighbours. Their features collapse only in part, and exact collapse asks more of a graph than chance gives.
-- `nc_nbdev.neighbours.grokking`: A network fits its train set early and generalises much later. Is collapse what changes in between? This page asks for generalisation without collapse, and for collapse without generalisation.
+- `nc_nbdev.neighbours.grokking`: A network fits its train set early and generalises much later. Is collapse what changes in between? This page asks for generalisation without collapse, and what a reward for collapse does to it.
 - `nc_nbdev.neighbours.label_noise`: A network that memorises wrong labels loses collapse where it was not wrong: on clean test images. How much, and does label smoothing help?
 - `nc_nbdev.neighbours.language_models`: Every word of a vocabulary is a class. Are better language models more collapsed, and do the same measures improve where there is nothing to learn?
 - `nc_nbdev.neighbours.long_tailed`: When some classes have few samples the class means are no simplex, and small classes are seldom answered. Two regularisers, a fixed head and a loss against it, for anyone's training.

@@ -238,7 +238,7 @@ CLAIMS = (
               source="ours, from the paper's type II", reason="what a finite number of steps and batches leave"),
     Statement("na6", "Where words are not collapsed, sentences with rare words are understood worse",
               "test accuracy, frequent third minus rare third", "with LayerNorm", at_least=0.1,
-              source="ours, after the abstract of Fu et al. 2020", reason="five standard errors of the difference"),
+              source="ours, after the abstract of Fu et al. 2020", reason="six standard errors of the difference"),
     Statement("na7", "Collapsed vectors serve a new task, with one example a class",
               "accuracy with LayerNorm minus without, Zipf's law", "all words equally frequent", at_least=0.3,
               source="ours, after the abstract of Zhu et al. 2021", reason="from most answers wrong to most right"))

@@ -1,4 +1,4 @@
-"""A network fits its train set early and generalises much later. Is collapse what changes in between? This page asks for generalisation without collapse, and for collapse without generalisation.
+"""A network fits its train set early and generalises much later. Is collapse what changes in between? This page asks for generalisation without collapse, and what a reward for collapse does to it.
 
 Collapse, flatness and delayed generalisation (Han, Adilova, Petzka, Kleesiek, Kamp 2025, 2509.17738): modular addition (`modular_addition`), relative flatness (`relative_flatness`), a recipe of small networks with collapse rewarded or held back (`ModularAddition`, `SteeredDigits`), and the study (`run_grokking`)."""
 
@@ -126,16 +126,18 @@ CLAIMS = (
     Statement("nf1", "Generalisation comes long after fitting", "steps from 99 % train to 50 % test accuracy",
               "80 % of the table to train on", at_least=250, interval="log-t", source="abstract of 2509.17738",
               reason="ten times the steps of fitting"),
-    Statement("nf2", "It generalises without collapse", "NC1 at the end, one hidden layer", "two hidden layers",
-              at_least=1, interval="log-t", source="title of 2509.17738", reason="spread as large as distances"),
-    Statement("nf3", "Where collapse is rewarded it collapses more and does not generalise",
-              "test accuracy, plain minus rewarded", "the same on digits", at_least=0.5, source="title of 2509.17738",
-              reason="half of the table"),
+    Statement("nf2", "It generalises without collapse",
+              "NC1 at the end, one hidden layer, where test accuracy is at least 0.8", "two hidden layers", at_least=1,
+              interval="log-t", source="title of 2509.17738", reason="spread as large as distances"),
+    Statement("nf3", "A reward for a lower NC1 costs test accuracy in modular addition",
+              "test accuracy, plain minus rewarded", "the same on digits", at_least=0.5,
+              source="ours; the abstract of 2509.17738 reports no cost", reason="half of the test pairs"),
     Statement("nf4", "On digits holding collapse back costs no accuracy", "test accuracy, held back minus plain",
               "the same in modular addition", at_least=-0.01, source="abstract of 2509.17738",
               reason="the standard error of an accuracy on 360 images"),
     Statement("nf5", "In modular addition it costs none either", "test accuracy, held back minus plain",
-              "collapse rewarded instead", at_least=-0.05, source="abstract of 2509.17738", reason="most of the table"),
+              "collapse rewarded instead", at_least=-0.05, source="abstract of 2509.17738",
+              reason="a twentieth of the test pairs"),
     Statement("nf6", "Where nothing generalises nothing flat is reached",
               "lowest relative flatness, without decay / with decay", "the same after 100 steps", at_least=3,
               interval="log-t", source="ours: what flatness as a sign would predict", reason="a clear factor"),
@@ -176,10 +178,11 @@ def run_grokking(
     delay = lambda c: step(c, "test", 0.5) - step(c, "train", 0.99)
     nc1 = lambda c: final(table(c, "nc1_trace", "train", "features"), log=True)
     accuracy = lambda c: final(table(c, "accuracy", "test"), last=1 if "digits" in c else 3)
+    generalises = np.where(accuracy("one layer") >= 0.8, 1, np.nan)     # else NC1 says nothing of generalisation
     change = lambda c, base: accuracy(c) - accuracy(base)
     none, decay = (table(c, "relative_flatness", "train") for c in ("no decay", "one layer"))
     return Measured({
-        "nf1": (delay("one layer"), delay("80 %")), "nf2": (nc1("one layer"), nc1("two layers")),
+        "nf1": (delay("one layer"), delay("80 %")), "nf2": (generalises * nc1("one layer"), nc1("two layers")),
         "nf3": (-change("rewarded", "one layer"), -change("digits rewarded", "digits")),
         "nf4": (change("digits held back", "digits"), change("held back", "one layer")),
         "nf5": (change("held back", "one layer"), change("rewarded", "one layer")),

@@ -136,13 +136,15 @@ class SmallLanguageModel(SystemRecipe):
 
 # %% ../../nbs/neighbours/40_language_models.ipynb #92358195
 _HALF = float(np.arctanh(0.7))
-_along = lambda id, name, measure: Statement(
+_along = lambda id, name, measure, models: Statement(
     id, f"Over widths {name} goes along with validation loss", f"atanh of the correlation of loss and log {measure}",
-    "shuffled corpus", at_least=_HALF, source="abstract of 2405.17767", reason="a correlation of 0.7")
+    f"the same loss, and the geometry of {models}", at_least=_HALF, source="abstract of 2405.17767",
+    reason="a correlation of 0.7")
 
 CLAIMS = (
-    _along("nd1", "NC1", "cdnv"), _along("nd2", "GNC2", "uniformity_dispersion"),
-    _along("nd3", "UNC3", "duality_dispersion"),
+    _along("nd1", "NC1", "cdnv", "the untrained models"),
+    _along("nd2", "GNC2", "uniformity_dispersion", "the untrained models"),
+    _along("nd3", "UNC3", "duality_dispersion", "models of the shuffled corpus"),
     Statement("nd4", "NC4 grows with width", "agreement, largest width minus smallest", "shuffled corpus",
               at_least=0.2, source="abstract of 2405.17767", reason="a fifth of the words"),
     Statement("nd5", "NC1 falls in training", "CDNV before training / at the end, largest width", "shuffled corpus",
@@ -168,15 +170,18 @@ def run_language_models(
     def value(corpus, D, measure, epoch=-1):
         place = ("test", "output") if measure == "loss" else ("train", "features")
         return curves(history, measure, *place, f"{corpus} {D}").iloc[epoch].to_numpy()
-    def along(corpus, measure):
-        losses, values = (np.array([value(corpus, D, m) for D in widths]) for m in ("loss", measure))
+    def along(measure, corpus="language", epoch=-1):
+        losses = np.array([value("language", D, "loss") for D in widths])
+        values = np.array([value(corpus, D, measure, epoch) for D in widths])
         found = [np.corrcoef(a, np.log(b))[0, 1] for a, b in zip(losses.T, values.T, strict=True)]
         return np.arctanh(np.clip(found, -0.999, 0.999))
-    both = lambda measure: tuple(along(corpus, measure) for corpus in ("language", "shuffled"))
+    untrained = lambda measure: along(measure, epoch=0)
     grows = lambda corpus: value(corpus, widths[-1], "nc4_agreement") - value(corpus, widths[0], "nc4_agreement")
     fall = lambda corpus: value(corpus, widths[-1], "cdnv", 0) / value(corpus, widths[-1], "cdnv")
     shrinks = lambda measure: value("shuffled", widths[0], measure) / value("shuffled", widths[-1], measure)
     return Measured({
-        "nd1": both("cdnv"), "nd2": both("uniformity_dispersion"), "nd3": both("duality_dispersion"),
+        "nd1": (along("cdnv"), untrained("cdnv")),
+        "nd2": (along("uniformity_dispersion"), untrained("uniformity_dispersion")),
+        "nd3": (along("duality_dispersion"), along("duality_dispersion", "shuffled")),
         "nd4": (grows("language"), grows("shuffled")), "nd5": (fall("language"), fall("shuffled")),
         "nd6": (shrinks("uniformity_dispersion"), shrinks("loss"))}, history)

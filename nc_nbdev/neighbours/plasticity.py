@@ -94,7 +94,7 @@ def _task_rows(model, x, y):
     if H.std(0).max() > 0: yield from collapse_rows("train", "features", H, y, 10, head=head)
 
 # %% ../../nbs/neighbours/60_plasticity.ipynb #acced04a
-_BONIFAZI = "Bonifazi et al. 2024, abstract of 2404.02719 and public code"
+_BONIFAZI = "Bonifazi et al. 2024, from a public summary of 2404.02719; not in its abstract"
 CLAIMS = (
     Statement("nh1", "Plasticity is lost", "accuracy, mean of the first 5 tasks minus the last 5",
               "a fresh network for every task", at_least=0.3, source=_BONIFAZI, reason="a third of all samples"),
@@ -106,7 +106,7 @@ CLAIMS = (
               at_least=float(np.arctanh(0.5)), source=_BONIFAZI, reason="r = 0.5"),
     Statement("nh4", "Holding collapse back keeps plasticity",
               "accuracy of the last 5 tasks, minus that without the term",
-              "the same for the first 5 tasks", at_least=0.1, source="ours; the paper has it for warm starts",
+              "the same for the first 5 tasks", at_least=0.1, source="ours; the abstract has it for the first task",
               reason="a tenth of all samples"))
 
 # %% ../../nbs/neighbours/60_plasticity.ipynb #79698725
