@@ -1,0 +1,137 @@
+"""Claims of the room neighbours on made histories: worlds in which they hold, and broken ones in which verdicts change.
+
+No test asserts the verdict of a trained network.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from nc_nbdev.lab.history import COLUMNS
+from nc_nbdev.lab.settings import Settings
+from nc_nbdev.neighbours import convergence as co
+from nc_nbdev.neighbours import feature_complexity as fc
+from nc_nbdev.neighbours import few_shot as fs
+from nc_nbdev.neighbours import grokking as gk
+from nc_nbdev.neighbours import language_models as lm
+
+
+def verdict(monkeypatch, module, run, world, claim):
+    "The verdict where a world, (measure, split, layer) -> function from a condition to start and end, was measured."
+    def made(conditions, *_):
+        def rows(condition, key, start, end):
+            for seed in range(3):
+                for epoch in range(6):
+                    value = (start if epoch < 2 else end) ** (1 + seed / 100)       # seeds differ a little
+                    yield "made", condition, seed, epoch, key[1], key[2], key[0], value
+        return pd.DataFrame([row for key, of in world.items() for c in conditions for row in rows(c, key, *of(c))],
+                            columns=list(COLUMNS))
+    monkeypatch.setattr(module, "histories", made)
+    found = run.measure(Settings(), False).values
+    plt.close("all")
+    return next(s for s in module.CLAIMS if s.id == claim).claim(*found[claim]).verdict
+
+
+# --- grokking
+
+
+def grokking(nc1=None, **accuracies):
+    "Test accuracies, and NC1 of one hidden layer; the changes break the world."
+    reached = {"no decay": 0.0, "rewarded": 0.2, **{name.replace("_", " "): a for name, a in accuracies.items()}}
+    return {("accuracy", "train", "output"): lambda c: (0.1, 1.0),
+            ("accuracy", "test", "output"): lambda c: (0.05, reached.get(c, 0.97)),
+            ("nc1_trace", "train", "features"): lambda c: (20.0, 0.03 if c == "two layers" else nc1 or 5.5),
+            ("relative_flatness", "train", "output"): lambda c: (100.0, 10.0)}
+
+
+@pytest.mark.parametrize("claim, expected, changes", [
+    ("nf2", "holds", {}), ("nf3", "holds", {}), ("nf5", "holds", {}),
+    ("nf2", "not measured", dict(one_layer=0.0)),                          # it does not generalise
+    ("nf2", "fails", dict(nc1=0.05)),                                      # it collapses
+    ("nf3", "fails", dict(rewarded=0.95)),                                 # as the abstract of the paper says
+    ("nf3", "control passes", dict(digits_rewarded=0.3)),
+    ("nf5", "fails", dict(held_back=0.5)),
+    ("nf5", "control passes", dict(rewarded=0.97)),
+])
+def test_grokking(monkeypatch, claim, expected, changes):
+    assert verdict(monkeypatch, gk, gk.run_grokking, grokking(**changes), claim) == expected
+
+
+# --- language models
+
+FALLS, RISES, WAVERS = (4.5, 4.2, 3.8, 3.5), (3.5, 3.8, 4.2, 4.5), (3.5, 4.5, 3.4, 4.4)      # by width
+
+
+def language(untrained=WAVERS, trained=FALLS, shuffled=WAVERS):
+    "Geometry by width of language models before training, after it, and of those of the shuffled corpus."
+    def geometry(condition):
+        corpus, width = condition.split()
+        at = (4, 8, 16, 32).index(int(width))
+        return untrained[at], (trained if corpus == "language" else shuffled)[at]
+    def loss(condition): return 5.5, FALLS[(4, 8, 16, 32).index(int(condition.split()[1]))]
+    names = ("cdnv", "uniformity_dispersion", "duality_dispersion", "nc4_agreement")
+    return {("loss", "test", "output"): loss, **{(name, "train", "features"): geometry for name in names}}
+
+
+@pytest.mark.parametrize("claim, expected, changes", [
+    ("nd1", "holds", {}), ("nd2", "holds", {}), ("nd3", "holds", {}),
+    ("nd1", "control passes", dict(untrained=FALLS)),                      # width alone
+    ("nd2", "control passes", dict(untrained=FALLS)),
+    ("nd3", "control passes", dict(shuffled=FALLS)),
+    ("nd1", "fails", dict(trained=RISES)),
+    ("nd2", "fails", dict(trained=WAVERS)),
+    ("nd3", "fails", dict(trained=RISES)),
+])
+def test_language_models(monkeypatch, claim, expected, changes):
+    assert verdict(monkeypatch, lm, lm.run_language_models, language(**changes), claim) == expected
+
+
+# --- features at convergence
+
+
+@pytest.mark.parametrize("expected, early, fact", [
+    ("holds", 0.9, 0.9998),
+    ("fails", 0.9, 0.99),                                                  # the ansatz is as near in its worst layer
+    ("control passes", 0.9998, 0.9998),                                    # it was as far after 50 steps
+])
+def test_the_worst_layers_are_compared(monkeypatch, expected, early, fact):
+    world = {("duality_error", "train", "output"): lambda c: (1.0, 0.05)}
+    for k, ansatz in ((1, 0.98), (2, 0.99), (3, 1.0)):
+        layer = f"layer {k}"
+        world["fact_error", "train", layer] = lambda c: (1.0, 0.05)
+        world["fact_cosine", "train", layer] = lambda c: (early, fact)
+        world["nfa_cosine", "train", layer] = lambda c, ansatz=ansatz: (ansatz, ansatz)
+    assert verdict(monkeypatch, co, co.run_convergence, world, "ng3") == expected
+
+
+# --- few shots
+
+
+@pytest.mark.parametrize("expected, unseen, test", [
+    ("holds", (6.0, 1.5), (4.0, 0.12)),
+    ("fails", (60.0, 1.5), (4.0, 0.12)),                                   # untrained they were as much wider
+    ("control passes", (6.0, 1.5), (4.0, 1.0)),                            # new images of known letters, too
+])
+def test_unseen_letters_fall_less(monkeypatch, expected, unseen, test):
+    splits = dict(train=(4.0, 0.1), test=test, unseen=unseen)
+    world = {("nc1_trace", split, "features"): lambda c, pair=pair: pair for split, pair in splits.items()}
+    assert verdict(monkeypatch, fs, fs.run_few_shot, world, "nj4") == expected
+
+
+# --- complexity of features
+
+
+@pytest.mark.parametrize("claim, expected, digits, random, ifm", [
+    ("nk1", "holds", 0.2, 0.9, 0.9),
+    ("nk1", "control passes", 0.2, 0.2, 0.9),                              # random labels can be merged as well
+    ("nk1", "fails", 0.9, 0.9, 0.9),
+    ("nk2", "fails", 0.2, 0.9, 0.9),
+])
+def test_units_are_merged(monkeypatch, claim, expected, digits, random, ifm):
+    def left(condition):
+        units = int(condition.rpartition(" ")[2]) * (random if condition.startswith("random") else digits)
+        return units, units
+    def all_of(condition): return (int(condition.rpartition(" ")[2]) * ifm,) * 2
+    world = {(f"{name}_complexity", "train", f"layer{k}"): of for name, of in (("path", left), ("ifm", all_of))
+             for k in (1, 2)}
+    assert verdict(monkeypatch, fc, fc.run_feature_complexity, world, claim) == expected
