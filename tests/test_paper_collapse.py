@@ -101,7 +101,7 @@ def test_random_labels_hold_where_they_should():
 @pytest.mark.parametrize("claim, verdict, world", [
     ("4a", "fails", lambda: labels_world(**{RANDOM: LABELS[WEAK]})),                      # the control swapped in
     ("4a", "control passes", lambda: labels_world(**{WEAK: LABELS[RANDOM]})),             # collapse whatever the decay
-    ("4a", "fails", lambda: backwards(labels_world())),
+    ("4a", "not measured", lambda: backwards(labels_world())),                            # there before training
     ("4a", "not measured", lambda: until(labels_world(), 8)),                             # before the terminal phase
     ("4a", "not measured", lambda: labels_world(**{RANDOM: dict(reached=200)})),          # never memorised
     ("4a", "not measured", lambda: labels_world(**{WEAK: dict(reached=200)})),            # no matched control
@@ -116,6 +116,10 @@ def test_random_labels_hold_where_they_should():
     ("4a", "not measured", lambda: fitted_at(labels_world(), WEAK, EPOCHS[-1])),
     ("4a", "not measured", lambda: stopped(labels_world(**{WEAK: dict(train=0.03)}), WEAK, EPOCHS[-4])),
     ("4a", "not measured", lambda: stopped(labels_world(), TRUE, EPOCHS[-4])),
+    ("4a", "not measured", lambda: labels_world(**{c: dict(test=0.0) for c in (RANDOM, WEAK)})),   # renamed, not redrawn
+    ("4a", "not measured", lambda: labels_world(**{WEAK: dict(test=0.98)})),              # a control with true labels
+    ("4a", "not measured", lambda: labels_world().assign(value=lambda h: h.value.where(   # collapsed before training
+        (h.condition != RANDOM) | (h.measure != "train_variance"), 0.02 + 0.001 * h.seed))),
     ("4b", "fails", lambda: renamed(labels_world(), **{TRUE: RANDOM})),                   # labels never redrawn
     ("4b", "control passes", lambda: labels_world(**{TRUE: dict(test=0.1)})),             # nothing can be learned
     ("4b", "undecided", lambda: labels_world(**{RANDOM: dict(test=0.147)})),              # a little of it is learned
@@ -190,6 +194,8 @@ SHUFFLED = (3, 6, 0, 5, 2, 4, 1)
     ("8a", "not measured", lambda: cascade_world().assign(value=lambda h: h.value.where(  # no matched control
         (h.condition == FULL) | (h.measure != "accuracy"), 0.6))),
     ("8a", "fails", lambda: backwards(cascade_world())),
+    ("8a", "fails", lambda: cascade_world(START * 10 ** np.where(DEEPER == 0, 1.6, -0.4), START)),   # the stem spreads
+    ("8a", "fails", lambda: cascade_world(START * 0.4, START * 100 ** DEEPER, START * 100 ** DEEPER)),   # flat at T
     ("8a", "control passes", lambda: cascade_world(START * 10 ** (-2 * DEEPER), START * 10 ** (2 - 4 * DEEPER))),
     ("8a", "not measured", lambda: of_one(cascade_world(), SLIGHT, 0, np.nan, "nc1_trace", "train")),
     ("8a", "not measured", lambda: of_one(cascade_world(), FULL, 0, np.nan, "nc1_trace", "train")),

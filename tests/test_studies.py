@@ -68,6 +68,12 @@ def squashed(power):
     return world(strong=other, weak=other)
 
 
+def touched(history, condition):
+    "A condition whose train images are all right after epoch 3, and never again."
+    rows = (history.condition == condition) & (history.measure == "accuracy") & (history.split == "train")
+    return history.assign(value=history.value.where(~rows | (history.epoch <= 3), 0.9895))
+
+
 def swap_seen(history):
     "Seen and rest in the place of test and train."
     seen = history[history.split == "seen"].assign(split="test")
@@ -145,6 +151,11 @@ BROKEN = {
         h.measure != "weak_certified_variance") | h.epoch.isin([14, 19])], ["3a", "3b"]),
     "the control was stopped early": (
         lambda: world()[lambda h: (h.condition != NAMES[1]) | (h.epoch < 50)], ["1a", "1b"]),
+    "train features spread again at the end": (lambda: world().assign(value=lambda h: h.value.where(
+        (h.measure != "train_variance") | (h.split != "train") | (h.epoch < 53), h.value * (h.epoch / 38) ** 4)), ["1a"]),
+    "train images are all right once": (lambda: touched(world(), NAMES[0]), ["1a", "1b", "2a", "2b", "3a", "3b"]),
+    "copies of one seed": (lambda: pd.concat([world(seeds=1).assign(seed=s) for s in range(5)]),
+                           ["1a", "1b", "2a", "2b", "2c", "3a", "3b", "3d"]),
     "the terminal phase is three epochs": (lambda: fitted_at(world(), NAMES[0], 53), ["3b"]),
     "one seed": (lambda: world(seeds=1), ["1a", "1b", "2a", "2b", "2c", "3a", "3b", "3d"]),
 }

@@ -196,7 +196,13 @@ def _verdict(claim):
     if not clears(measured, claim.bar): return "undecided"
     if clears(control, claim.bar): return "control passes"
     differs = contrast[1] > none if least else contrast[2] < none
-    return "holds" if misses(control, claim.bar) and differs else "undecided"
+    copies = claim.interval in ("t", "log-t") and _no_spread(claim.values) and _no_spread(claim.control_values)
+    return "holds" if misses(control, claim.bar) and differs and not copies else "undecided"
+
+
+def _no_spread(x):
+    "Whether all seeds gave one number, up to rounding: copies of a run, and no evidence."
+    return bool(np.ptp(x) <= 1e-12 * np.abs(x).max())
 
 # %% ../../nbs/lab/60_claims.ipynb #761a500c
 def _p_one_sided(x, kind):
@@ -207,8 +213,7 @@ def _p_one_sided(x, kind):
         if x.size <= 14: return float((_all_signs(x.size) @ x >= x.sum() - 1e-12 * abs(x).sum()).mean())
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, x.size))
         return float((1 + (signs @ x >= x.sum()).sum()) / 20_001)
-    copies = np.ptp(x) <= 1e-12 * abs(x).max()       # seeds without spread are no evidence
-    return 1.0 if copies else float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue)
+    return 1.0 if _no_spread(x) else float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue)
 
 def _all_signs(n):
     "The 2^n choices of n signs, (2^n, n)."

@@ -69,7 +69,9 @@ def tpt_start(
 ) -> pd.Series:                     # index seed; NaN where it is not reached, or only by the last two epochs
     "The first measured epoch of the terminal phase of training (TPT), by seed."
     table = curves(history, "accuracy", "train", condition=condition)
-    stays = (table >= accuracy) & (table >= accuracy - dip)[::-1].cummin()[::-1]
+    reached, backwards = table >= accuracy, slice(None, None, -1)
+    mostly = reached[backwards].expanding().mean()[backwards] >= 0.5          # a touch is no phase
+    stays = reached & mostly & (table >= accuracy - dip)[backwards].cummin()[backwards]
     start = stays.idxmax().where(stays.any()).astype(float)
     return start.where(start <= table.index[-3:].min())          # values at the end are means of three epochs
 
@@ -77,9 +79,13 @@ def tpt_start(
 def matched(
     history: pd.DataFrame,   # tidy
     *conditions: str,        # a treatment, and its controls
+    measure: str | None = None,   # that is compared, default all there are
 ) -> np.ndarray:             # (seeds,): 1, or NaN
     "1 for seeds with which all conditions were measured to the same epoch. Raises `ValueError` for other seeds."
-    ends = [history[_is(history.condition, c)].groupby("seed").epoch.max() for c in conditions]
+    part = history if measure is None else history[history.measure == measure]
+    last = lambda rows: rows.groupby(["seed", "layer"]).epoch.max().groupby("seed")
+    found = [last(part[_is(part.condition, c)]) for c in conditions]
+    ends = [by.max() if measure is None else by.min() for by in found]
     seeds = {c: [*end.index] for c, end in zip(conditions, ends, strict=True)}
     if any(s != seeds[conditions[0]] for s in seeds.values()):
         raise ValueError(f"the seeds of conditions that are compared differ, {seeds}: measure each with the same seeds")

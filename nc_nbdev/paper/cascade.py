@@ -69,7 +69,9 @@ def _numbers(history):
     depth = np.linspace(0, 1, len(names))[:-1]
     changes = lambda c: (_log_nc1(history, c) - _log_nc1(history, c, epoch=0))[:-1]
     trend = lambda c: np.polyfit(depth, changes(c), 1)[0]
-    falls = np.where(changes(full).mean(axis=0) >= 0, 0.0, 1.0)          # a trend of layers that do not fall is none
+    rises = changes(full).max(axis=0) > 0.3, changes(full).mean(axis=0) >= 0     # a layer twofold, or all together
+    at_end = np.polyfit(depth, _log_nc1(history, full)[:-1], 1)[0]
+    falls = np.where(np.any([*rises, at_end >= 0], axis=0), 0.0, 1.0)    # a trend without a fall is none
     slopes = {s: earlier(late_slope, s, full) for s in ("train", "test", "rest", "seen")}
     line = _log_nc1(history, full, "nc1_pinv")           # (layers, seeds)
     straight = np.quantile(_off_line(_random_decrements(len(names))), 0.05)

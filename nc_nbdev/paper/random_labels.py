@@ -42,10 +42,13 @@ def _numbers(history, num_classes):
     "Values and control values of every claim."
     true, random, weak = "true labels", "random labels", "random labels, weak decay"
     end = lambda m, split, c, log=True: final(curves(history, m, split, condition=c), log=log)
+    same = matched(history, random, weak, true)
     unreached = [tpt_start(history, condition=c).isna() for c in (random, weak)]
-    reached = np.where(np.any(unreached, axis=0), np.nan, matched(history, random, weak, true))   # else no claim
-    guessed, taught = (end("accuracy", "test", c, log=False) for c in (random, true))
-    random_at_all = (above_guessing(guessed, num_classes) <= 1) & (above_guessing(taught, num_classes) >= 1)
+    reached = np.where(np.any(unreached, axis=0), np.nan, same)                  # else no claim
+    guessed, weakly, taught = (end("accuracy", "test", c, log=False) for c in (random, weak, true))
+    guesses = lambda a: (above_guessing(a, num_classes) <= 1) & (num_classes * a >= 0.5)    # renamed classes: far below
+    apart = curves(history, "train_variance", "train", condition=random).iloc[0].to_numpy() > CLAIMS[0].bar
+    random_at_all = guesses(guessed) & guesses(weakly) & apart & (above_guessing(taught, num_classes) >= 1)
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
     found = {"4a": (np.where(random_at_all, train[random], np.nan), train[weak]),

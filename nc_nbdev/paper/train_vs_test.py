@@ -197,6 +197,11 @@ def above_guessing(
     "Accuracy above guessing, over a tenth of the way to no errors or, if that is less, over that of guessing."
     return (num_classes * accuracy - 1) / min(0.1 * (num_classes - 1), 1)
 
+def _stays(table, start):
+    "1 where the end is at most a quarter above the least since `start`; NaN for features that spread again."
+    least = table.where(table.index.to_numpy()[:, None] >= start.reindex(table.columns).to_numpy()).min()
+    return np.where(table.iloc[-1] <= 1.25 * least, 1.0, np.nan)
+
 def _numbers(history, name, num_classes):
     "Values and control values of every claim for one pair of the grid; NaN where there is nothing to claim."
     decay, apart = f"{name}, weak decay", "separable classes"
@@ -208,7 +213,9 @@ def _numbers(history, name, num_classes):
     learned = above_guessing(final(curves(history, "accuracy", "test", condition=name)), num_classes) >= 1
     reached = np.where(starts[name].notna() & learned, 1.0, np.nan)              # else nothing is claimed
     fitted = np.where(starts[decay].notna(), matched(history, name, decay), np.nan)
-    found = {"1a": (slope("train_variance", "train"), fitted * slope("train_variance", "train", decay, name)),
+    matched(history, name, apart)                                                # raises for other seeds
+    found = {"1a": (_stays(curves(history, "train_variance", "train", condition=name), starts[name])
+                    * slope("train_variance", "train"), fitted * slope("train_variance", "train", decay, name)),
              "1b": (end("train_variance", "train"), fitted * end("train_variance", "train", decay)),
              "2c": (end("strong_test_variance", "test") / end("train_variance", "train"), seen("strong_test_variance"))}
     strong, above, below = "strong_test_variance", "weak_test_variance", "weak_certified_variance"

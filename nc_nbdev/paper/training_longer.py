@@ -161,7 +161,7 @@ _MATCHED = {"5a": ("pairs", PROBE), "5c": ("binary", PROBE), "5e": ("animals_veh
 def _fall(history, condition, measure):
     "The fall from T0 to T, and that at weak decay over the same epochs, where both networks fit their train set."
     weak = f"{condition}, weak decay"
-    fitted = tpt_start(history, condition=weak).notna() & (matched(history, condition, weak) == 1)
+    fitted = tpt_start(history, condition=weak).notna() & (matched(history, condition, weak, measure=measure) == 1)
     start = first_snapshots(history, condition, curves(history, measure, "test", condition=condition).index)
     return tuple(fall(history, measure, "test", condition=c, start=start.where(fitted), last=LAST)
                  for c in (condition, weak))
@@ -174,7 +174,8 @@ def _numbers(history):
     found["5y"] = at_end("reconstructed", "pairs") * reached, at_end("reconstructed_shuffled", "pairs")
     if not {*_DECAYS} <= there: return found
     fitted = np.all([tpt_start(history, condition=c).notna() for c in _DECAYS], axis=0)
-    fitted = np.where(fitted, matched(history, *_DECAYS), np.nan)
+    same = [matched(history, *_DECAYS, measure=m) for m in (PROBE, "nc1_trace")]
+    fitted = np.where(fitted, np.prod(same, axis=0), np.nan)
     nc1 = [final(curves(history, "nc1_trace", "train", condition=c), log=True) for c in _DECAYS]
     over_decays = lambda measure, last: _rank_correlations(nc1, [at_end(measure, c, last) for c in _DECAYS])
     return found | {"6a": (over_decays(PROBE, LAST) * fitted, over_decays("accuracy", 3))}

@@ -47,7 +47,7 @@ def _by_depth(history, condition, task):
     tables = [curves(history, PROBE, layer=n, condition=condition) for n in _layers(history)]
     start = first_snapshots(history, task, tables[0].index)
     weak = f"{task}, weak decay"
-    fitted = tpt_start(history, condition=weak).notna() & (matched(history, task, weak) == 1)
+    fitted = tpt_start(history, condition=weak).notna() & (matched(history, task, weak, measure=PROBE) == 1)
     start = start.where(fitted & (start < tables[0].index[-LAST]))   # else no control, or nothing to gain
     return np.stack([value_at(t, start) for t in tables]), np.stack([final(t, LAST) for t in tables])
 
