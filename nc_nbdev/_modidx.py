@@ -1557,6 +1557,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'nc_nbdev/theory/fresh_data.py')},
             'nc_nbdev.theory.local_elasticity': { 'nc_nbdev.theory.local_elasticity._as_rows': ( 'theory/local_elasticity.html#_as_rows',
                                                                                                  'nc_nbdev/theory/local_elasticity.py'),
+                                                  'nc_nbdev.theory.local_elasticity._faded_share': ( 'theory/local_elasticity.html#_faded_share',
+                                                                                                     'nc_nbdev/theory/local_elasticity.py'),
                                                   'nc_nbdev.theory.local_elasticity._with_predictions': ( 'theory/local_elasticity.html#_with_predictions',
                                                                                                           'nc_nbdev/theory/local_elasticity.py'),
                                                   'nc_nbdev.theory.local_elasticity.class_steps': ( 'theory/local_elasticity.html#class_steps',

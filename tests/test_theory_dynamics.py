@@ -1,8 +1,10 @@
 """Closed forms of theory on held features, local elasticity and transfer, against independent computations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -285,6 +287,15 @@ def test_source_and_unseen_classes_are_disjoint():
     with pytest.raises(ValueError, match="expected 2 to 7"): tb.transfer_recipe(scale, 8, seed=0)
 
 
+def test_the_number_of_source_classes_changes_neither_images_nor_steps():
+    scale = get_settings(preset="quick", datasets=(), overrides={})
+    recipes = {k: tb.transfer_recipe(scale, k, seed=4)[0] for k in (2, 4, 7)}
+    images = {k: len(r.data(scale.data_dir).train_images) for k, r in recipes.items()}
+    assert images == {2: 240, 4: 240, 7: 238} and {-(-n // 64) for n in images.values()} == {4}
+    plain = {replace(r, classes=(), train_per_class=None) for r in recipes.values()}
+    assert len(plain) == 1 and plain.pop().batch_size == 64
+
+
 def test_classes_are_kept_and_renamed():
     digits = load_dataset("digits")
     part = digits.keep_classes([7, 2])
@@ -295,6 +306,45 @@ def test_classes_are_kept_and_renamed():
 
 
 # --- what is claimed
+
+
+def verdicts(page, values):
+    "id -> verdict, for id -> (values, values of the control)."
+    return {s.id: s.claim(*values[s.id]).verdict for s in page.CLAIMS if s.id in values}
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, "holds"), (0.5, "fails"), (1.5, "control passes")])
+def test_another_critical_constant_would_be_seen(factor, expected, monkeypatch):
+    "A world whose classes separate at a constant of K/2 / factor."
+    simulate = le.simulate
+    faster = lambda H, alpha, *args, **more: simulate(H, lambda t: factor * alpha(t), *args, **more)
+    monkeypatch.setattr(le, "simulate", faster)
+    shares = tuple([le._faded_share(c, seed) for seed in (200, 201, 202)] for c in (3.0, 2.0))
+    assert verdicts(le, {"T8d": shares}) == {"T8d": expected}
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, "holds"), (0.5, "fails"), (2.0, "control passes")])
+def test_another_constant_of_the_error_bound_would_be_seen(factor, expected, monkeypatch):
+    bound = tb.few_shot_bound
+    monkeypatch.setattr(tb, "few_shot_bound", lambda *args: factor * bound(*args))
+    ratios = np.array([tb._largest_ratio(seed) for seed in range(200, 203)])
+    assert verdicts(tb, {"T9a": (ratios, 2 * ratios)}) == {"T9a": expected}
+
+
+@pytest.mark.parametrize(("helped_by", "expected"), [("classes", "holds"), ("images", "fails")])
+def test_images_are_not_taken_for_classes(helped_by, expected, monkeypatch):
+    "Unseen classes are easier after more source classes, or only after more images."
+    def made(recipe, unseen, kind):
+        classes = len(recipe.classes)
+        seen = classes if helped_by == "classes" else classes * recipe.train_per_class
+        error = 0.5 if kind == "untrained" else 0.1 + 1 / seen
+        error *= 1 + 0.001 * recipe.seed / classes                       # no two seeds are alike
+        rows = [dict(cdnv=0.1, error_1=error, error_5=error, error_20=error)] * 3
+        return pd.DataFrame(rows, index=["train", "test", "unseen"])
+    monkeypatch.setattr(tb, "get_runs", lambda recipes, *_: recipes)
+    monkeypatch.setattr(tb, "transfer_table", made)
+    scale = get_settings(preset="quick", seeds=3, datasets=(), overrides={})
+    assert verdicts(tb, tb.run_transfer_bound.measure(scale, False).values)["T9f"] == expected
 
 
 @pytest.mark.parametrize("page", [pb, le, tb])
