@@ -193,6 +193,12 @@ def test_laws_solve_their_differential_equations():
             assert slope(law, t) == pytest.approx(rhs(law(t)), rel=1e-4)
 
 
+def test_a_wrong_law_of_the_margin_would_be_seen(monkeypatch):
+    bare, law = replace(Problem(), lw=0.0, lh=0.0, lb=math.inf), ce.flow_margin
+    monkeypatch.setattr(ce, "flow_margin", lambda t, problem: law(t / 4, problem))      # a clock that is slow
+    assert ce._flow_ends(bare, [range(10, 14)], 0.01)[1][0] > {s.id: s for s in ce.CLAIMS}["T1e"].at_most
+
+
 # squared error
 
 @pytest.mark.parametrize(("K", "n"), [(2, 3), (4, 5)])

@@ -117,8 +117,10 @@ CLAIMS = (
     Statement("T1d", "Without decay the direction comes near the simplex from small starts only",
               "worst scale-free measure at t of about 1e24, start of size 0.01", "start of size 1", at_most=1e-2,
               interval="log-t", source=_DERIVED + ", after Ji et al. 2021, 2110.02796"),
-    Statement("T1e", "Without decay squared norms follow Ei(s) + (K-1) log s = 2t/sqrt(n), so grow like log t",
-              "| s/predicted - 1 | at t of about 1e24", "D = K-2", at_most=1e-2, interval="log-t", source=_DERIVED),
+    Statement("T1e", "Without decay, from small starts, squared norms follow Ei(s) + (K-1) log s = 2t/sqrt(n), "
+              "so grow like log t",
+              "| s/predicted - 1 | at t of about 1e24, start of size 0.01", "D = K-2", at_most=1e-2, interval="log-t",
+              source=_DERIVED),
 )
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #26444ac9
