@@ -134,6 +134,17 @@ def test_transport_on_a_line_pairs_in_order():
     assert fd.transport(a, b) == pytest.approx((a.sort(0).values - b.sort(0).values).square().mean().sqrt().item())
 
 
+@pytest.mark.parametrize(("steps", "depth"), [(0, math.nan), (150, 1)])
+def test_a_network_that_does_not_fit_its_labels_has_no_depth(steps, depth, monkeypatch):
+    "Else labels that are not fitted would look like labels that need many layers."
+    fit = fd._fit
+    monkeypatch.setattr(fd, "_fit", lambda model, X, y, loss, _, rate: fit(model, X, y, loss, steps, rate))
+    found, accuracy = fd._depth(100, "true")
+    assert found == pytest.approx(depth, nan_ok=True) and (accuracy >= 0.99) == (steps > 0)
+    statement = {s.id: s for s in fd.CLAIMS}["T95c"]
+    assert (statement.claim([6, 6, found] * 2, [0, 0, 1] * 2).verdict == "not measured") == (steps == 0)
+
+
 # one letter, one meaning
 
 NBS = Path(__file__).parents[1] / "nbs"
