@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from nc_nbdev.geometry import (
     statistics,
     variability,
 )
-from nc_nbdev.lab import claims, history, probes, recorder, runs, settings, store, taps
+from nc_nbdev.lab import claims, history, probes, recorder, runs, settings, store, studies, taps
 from nc_nbdev.vision import data, loaders, models, recipes, sources, transfer
 
 command = importlib.import_module("nc_nbdev.reproduce")
@@ -44,6 +44,7 @@ net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
 bytes8, labels6 = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 3
 images = data.ImageData("x", bytes8, labels6, bytes8, labels6, ("a", "b", "c"))
 recipe, statement = recipes.ImageRecipe(epochs=1), claims.Statement("s", "", "", "", at_least=1)
+claim = statement.claim([2, 3, 4], [0, 0, 0])
 task = probes.FeatureTask(H, y, y, H, y, y)
 table = history.as_history([dict(epoch=e, split=s, layer="a", measure="accuracy", value=0.5)
                             for e in (1, 2) for s in ("train", "test")])
@@ -448,10 +449,12 @@ for what, call, says in (
     ("recipe_id: no recipe", lambda: runs.recipe_id("digits"), "'digits': expected a recipe"),
     ("get_run: no recipe", lambda: runs.get_run(None, nowhere), "None: expected a recipe"),
     ("get_run: a list", lambda: runs.get_run([recipe], nowhere), "expected a recipe"),
+    ("get_runs: one recipe", lambda: runs.get_runs(recipe, nowhere), "expected recipes in a list; for one, get_run"),
     ("curves: a measure", lambda: history.curves(table, "acuracy"), "no 'acuracy' .* did you mean 'accuracy'?"),
     ("curves: several", lambda: history.curves(table, "accuracy"), "several fit, say which split"),
     ("curves: columns", lambda: history.curves(table.drop(columns="split"), "accuracy"), r"lacks \['split'\]"),
     ("fall: a measure", lambda: history.fall(table, "nc9"), "no 'nc9' for"),
+    ("final: none", lambda: history.final(history.curves(table, "accuracy", "test"), 0), "last=0: expected a whole"),
     ("FeatureTask: none", lambda: probes.FeatureTask(None, y, y, H, y, y), "train features: expected a tensor"),
     ("FeatureTask: float labels", lambda: probes.FeatureTask(H, y.float(), y, H, y, y), "expected torch.int64, one"),
     ("FeatureTask: too few labels", lambda: probes.FeatureTask(H, y[:3], y, H, y, y), r"train: 12 features, .*\(3,\)"),
@@ -468,8 +471,21 @@ for what, call, says in (
     ("Statement: no bar", lambda: claims.Statement("s", "", "", ""), "statement s: expected one bar"),
     ("Statement: bar", lambda: claims.Statement("s", "", "", "", at_most=NaN), "statement s: bar=nan: expected"),
     ("Statement: bound", lambda: claims.Statement("s", "", "", "", 1, bound="middle"), "bound='middle': expected one"),
+    ("Statement: a dot", lambda: claims.Statement("1.a", "", "", "", 1), "statement 1.a: expected an id without a dot"),
+    ("Statement: log", lambda: claims.Statement("s", "", "", "", 0, interval="log-t"), "s: bar=0: .* a positive bar"),
+    ("holm: one id", lambda: claims.holm([claim, claim]), r"claims \['s', 's'\]: expected each id once"),
+    ("holm: others", lambda: claims.holm([claim], others=-3), "others=-3: expected a whole number of at least 0"),
+    ("power: draws", lambda: claims.power(claim, 3, draws=0), "draws=0: expected a whole number of at least 1"),
+    ("power: seeds", lambda: claims.power(claim, 3.0), "seeds=3.0: expected a whole number of at least 1"),
+    ("prediction_interval: seeds", lambda: claims.prediction_interval(claim, 0), "seeds=0: expected a whole number"),
+    ("study: one id", lambda: studies.study("d", "D", (statement,) * 2), "study d: .*'s', 's'.*: expected each id"),
     ("Claim: seeds that do not pair", lambda: statement.claim([1, 2], [1]), "2 values and 1 of the control"),
 ): wrong(*what.split(": ", 1), lambda _, call=call: call(), says)
+
+Odd = make_dataclass("Odd", [("lr", object, 0.1)], frozen=True)
+for value in (np.int64(1), np.float32(1), np.ones(2), torch.ones(2), Path("a"), {1}, (1, {2})):
+    wrong("recipe_id", f"a field {value!r}", lambda _, v=value: runs.recipe_id(Odd(v)),
+          f"^Odd: lr is a {type(value).__name__}, .*: expected what JSON has: numbers of Python, texts")
 
 wrong("Entry", "a file that is not there", lambda tmp: store.Entry(tmp).path("x"), "x: no such file", FileNotFoundError)
 wrong("load_claims", "a file that is not there", lambda tmp: claims.load_claims(tmp / "c"), "", FileNotFoundError)

@@ -86,6 +86,9 @@ def test_p_values_of_nothing():
         assert p_value(UP.claim(same, [0] * len(same))) == 1             # whatever rounding makes of their mean
     with pytest.raises(ValueError, match="a range has no p-value"):
         p_value(replace(UP, interval="range").claim([2, 3], [0, 1]))
+    none = replace(UP.claim([1, 2, 3], [.1, .1, .12]), id="z", bar=0.0, interval="log-t")      # 0 has no logarithm
+    sure = UP.claim([3, 3.1, 2.9], [0, .1, 0])
+    assert p_value(none) == 1 and holm([none, sure]) == holm([sure, none]) == {"z": 1, UP.id: 2 * p_value(sure)}
 
 
 def test_the_signs_of_few_seeds_are_enumerated():

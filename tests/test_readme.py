@@ -1,5 +1,6 @@
 """README.md says what nbs/index.ipynb says."""
 
+import os
 import re
 import subprocess
 import sys
@@ -45,6 +46,15 @@ def test_relative_links_lead_to_files():
 def test_nothing_of_the_notebook_shows():
     outside = re.sub(r"^```.*?^```", "", TEXT, flags=re.S | re.M)
     assert not re.search(r"^#\||^:::|<IPython|^---$", outside, flags=re.M)
+
+
+def test_the_examples_run_as_a_script(tmp_path):
+    "All but the last, which trains the runs of a study. No cell of the notebook that is not shown has imported."
+    *blocks, study = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.S | re.M)
+    assert "nc.reproduce" in study and len(blocks) == 4
+    run = subprocess.run([sys.executable, "-c", "".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"})
+    assert run.returncode == 0, run.stderr
 
 
 def test_sidebar_lists_every_notebook(docs_tool):

@@ -1,5 +1,6 @@
 "Measuring a network in one pass over a split, and the recorder that does so while it is trained."
 import copy
+import random
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from fastai.data import load as fastai_loader
 from small_net import Batches, Net, Words, all_by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -529,8 +531,6 @@ def test_clean_loaders(data):
 
 
 def test_undisturbed():
-    import random
-
     import numpy as np
     torch_state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     with pytest.raises(ZeroDivisionError), undisturbed():
@@ -751,12 +751,32 @@ def test_a_layer_that_is_no_classifier(data):
     assert measure(model, loaders(data)[0], head=None, num_classes=10).accuracy["train"] is not None
 
 
-def test_measuring_in_a_loop_of_ones_own_does_not_change_the_training():
+def plain_loader(samples, **more): return torch.utils.data.DataLoader(samples, 16, **more)
+
+
+LOADERS = {     # where each keeps the generator that shuffles
+    "of all": lambda s, g: plain_loader(s, shuffle=True),
+    "its own": lambda s, g: plain_loader(s, shuffle=True, generator=g),
+    "of its sampler": lambda s, g: plain_loader(s, sampler=torch.utils.data.RandomSampler(s, generator=g)),
+    "of fastai": lambda s, g: fastai_loader.DataLoader(s, bs=16, shuffle=True),
+}
+LOOKS = {
+    "measure": lambda net, dl: measure(net, dl, {"more": dl}),
+    "measure, by name": lambda net, dl: measure(model=net, train_dl=dl),
+    "collect": lambda net, dl: collect(net, dl, "0", 4),
+    "layer_features": lambda net, dl: layer_features(net, dl, "0"),
+    "regression": lambda net, dl: measure(net, dl, batch=lambda b: (b[0], b[0] + b[1][:, None])),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_measuring_in_a_loop_of_ones_own_does_not_change_the_training(loader, look):
     "A loader draws the seed of its workers from the generator that shuffles and drops out."
     def train(look):
-        torch.manual_seed(0)
+        torch.manual_seed(0); random.seed(0)
         x, y = torch.randn(40, 6), torch.arange(40) % 4
-        dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16, shuffle=True)
+        dl = LOADERS[loader](list(zip(x, y, strict=True)), torch.Generator().manual_seed(1))
         model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 4))
         optimiser = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(2):
@@ -764,7 +784,7 @@ def test_measuring_in_a_loop_of_ones_own_does_not_change_the_training():
                 optimiser.zero_grad(); nn.functional.cross_entropy(model(xb), yb).backward(); optimiser.step()
             look(model, dl)
         return model[0].weight
-    assert torch.equal(train(measure), train(lambda *_: None))
+    assert torch.equal(train(LOOKS[look]), train(lambda *_: None))
 
 
 def test_a_branch_of_several_by_name():

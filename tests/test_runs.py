@@ -2,16 +2,20 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from nc_nbdev.lab.runs import (
+    Run,
     finished_runs,
     get_run,
     get_runs,
@@ -164,6 +168,35 @@ def test_a_new_field_orphans_no_run():
         assert recipe_id(Later(**changes)) == recipe_id(ImageRecipe(**changes))
     assert recipe_id(Later(sharpness=1.0)) != recipe_id(ImageRecipe())
     assert recipe_id(ImageRecipe(seed=1)) != recipe_id(ImageRecipe(seed=2))
+
+
+def test_training_and_reading_draw_no_number_of_the_caller(tmp_path):
+    recipe, here = replace(RECIPE, epochs=1), settings(tmp_path)
+    calls = [lambda: get_run(recipe, here, progress=False)] * 2       # trained, then read
+    calls += [lambda: get_run(recipe, here).model(), lambda: get_run(recipe, here).features()]
+    for call in calls:
+        torch.manual_seed(1); random.seed(1); np.random.seed(1)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        call()
+        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+        assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_a_field_that_is_nan_is_read_back(tmp_path):
+    @dataclass(frozen=True)
+    class Hinted(ImageRecipe):
+        hint: float = 0.0
+    recipe = Hinted(**{**vars(RECIPE), "epochs": 1, "hint": float("nan")})
+    first, again = (get_run(recipe, settings(tmp_path), progress=False) for _ in range(2))
+    assert again.folder == first.folder and again.made == first.made
+    assert [r.folder for r in finished_runs(Hinted, settings(tmp_path))] == [first.folder]
+
+
+def test_weights_of_another_network_name_the_run(copied):
+    run, _ = copied
+    other = Run(replace(RECIPE, width=5), run.folder)                 # as if the code made another network now
+    with pytest.raises(ValueError, match=f"{run.folder.name}: its weights do not fit .* ImageRecipe .* `version`"):
+        other.model()
 
 
 @dataclass(frozen=True)

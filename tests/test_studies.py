@@ -15,7 +15,7 @@ from nc_nbdev.lab.claims import Statement, load_claims, save_claims
 from nc_nbdev.lab.history import as_history
 from nc_nbdev.lab.runs import TrainingEnded
 from nc_nbdev.lab.settings import Settings
-from nc_nbdev.lab.studies import Measured, study
+from nc_nbdev.lab.studies import Measured, code_used, study
 from nc_nbdev.paper import train_vs_test
 from nc_nbdev.paper.train_vs_test import CLAIMS, _numbers
 from nc_nbdev.vision.recipes import ImageRecipe, image_grid
@@ -415,7 +415,7 @@ def test_a_result_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     (tmp_path / "mine" / "__init__.py").write_text("")
     source = """
 from nc_nbdev.lab.claims import Statement
-from nc_nbdev.lab.studies import Measured, study
+from nc_nbdev.lab.studies import Measured, code_used, study
 CALLS = []
 @study('mine', 'Mine', (Statement('a', '', '', '', at_least=1),))
 def run_mine(settings, progress):
@@ -435,6 +435,16 @@ def run_mine(settings, progress):
     assert len(work.CALLS) == 3
 
 
+def test_a_result_of_a_script_is_kept_until_a_module_beside_it_changes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in {"a_script.py": "import json, a_helper, a_parcel.deep", "a_helper.py": "import numpy",
+                       "a_parcel/__init__.py": "", "a_parcel/deep.py": "", "a_stranger.py": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert code_used("a_script") == {name: tmp_path / f"{name.replace('.', '/')}.py"
+                                     for name in ("a_script", "a_helper", "a_parcel.deep")}
+
+
 def test_the_module_can_be_called_whoever_imports_first():
     import nc_nbdev as nc
     with pytest.raises(ValueError, match="expected one of train_vs_test"): nc.reproduce(studies="alchemy")
@@ -445,7 +455,9 @@ def test_what_is_not_measured_and_what_was_never_stated():
     said = (Statement("a", "", "", "", at_least=1),)
     def nothing(settings, progress): return Measured({}, notes={"a": "why"})
     def more(settings, progress): return Measured({"b": ([1], [2])})
-    for f in (nothing, more): f.__module__ = "__main__"                    # as in a notebook: computed, not kept
+    def array(settings, progress): return Measured({"a": np.array([[2.0, 2.1], [0.0, 0.1]])})
+    for f in (nothing, more, array): f.__module__ = "__main__"                    # as in a notebook: computed, not kept
     found = study("s", "S", said)(nothing)(Settings())["a"]
     assert (found.verdict, found.note) == ("not measured", "why")
+    assert study("s", "S", said)(array)(Settings())["a"].verdict == "holds"
     with pytest.raises(ValueError, match="numbers for"): study("s", "S", said)(more)(Settings())

@@ -51,8 +51,8 @@ _KINDS = ("t", "log-t", "bootstrap", "range")
 # %% ../../nbs/lab/60_claims.ipynb #d12d8a9f
 @dataclass(frozen=True)
 class Statement:
-    "What is claimed, before it is measured. Raises `ValueError` unless there is one bar, or for a wrong bound."
-    id: str                         # e.g. "1a"
+    "What is claimed, before it is measured. Raises `ValueError` unless there is one bar, or for what does not fit it."
+    id: str                         # e.g. "1a"; what follows a dot names a variant, so it has none
     statement: str                  # one sentence
     quantity: str                   # what is measured, one number a seed
     control: str                    # where the claim should not hold
@@ -65,10 +65,13 @@ class Statement:
     bound: str = ""                 # "lower" or "upper": the values bound what is meant from this side
 
     def __post_init__(self):
+        if "." in self.id: raise ValueError(f"statement {self.id}: expected an id without a dot, which names a variant")
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"statement {self.id}: expected one bar, at_most or at_least")
         check_number(f"statement {self.id}: bar", self.bar, -math.inf)
         check_choice(f"statement {self.id}: interval", self.interval, _KINDS)
+        if self.interval == "log-t" and self.bar <= 0:
+            raise ValueError(f"statement {self.id}: bar={self.bar}: interval='log-t' needs a positive bar; use 't'")
         proves = "lower" if self.at_most is None else "upper"      # a bound from the other side would prove nothing
         check_choice(f"statement {self.id}, {self.direction} a bar: bound", self.bound, ("", proves))
 
@@ -208,7 +211,7 @@ def _no_spread(x):
 def _p_one_sided(x, kind):
     "p-value of mean <= 0 for differences `x` that should be positive."
     x = np.asarray(x, float)
-    if np.isnan(x).any() or x.size < 2: return 1.0
+    if not np.isfinite(x).all() or x.size < 2: return 1.0
     if kind == "bootstrap":
         if x.size <= 14: return float((_all_signs(x.size) @ x >= x.sum() - 1e-12 * abs(x).sum()).mean())
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, x.size))
@@ -237,7 +240,11 @@ def holm(
     claims,            # the primary claims that were measured
     others: int = 0,   # primary claims of the same family that were not measured
 ) -> dict:             # id -> adjusted p-value
-    "Holm's adjusted p-values: a claim is confirmed at 0.05 where its own is at most 0.05."
+    "Holm's adjusted p-values: confirmed at 0.05 where at most 0.05. Raises `ValueError` for two claims of one id."
+    claims = list(claims)
+    check_number("others", others, 0, whole=True)
+    if len({c.id for c in claims}) < len(claims):
+        raise ValueError(f"claims {[c.id for c in claims]}: expected each id once")
     ordered, worst, adjusted = sorted((p_value(c), c.id) for c in claims), 0.0, {}
     for i, (p, name) in enumerate(ordered):
         worst = max(worst, min(1.0, (len(ordered) + others - i) * p))
@@ -251,6 +258,7 @@ def power(
     draws: int = 200,  # how often they are drawn
 ) -> float:            # 0 to 1
     "The share of draws of new seeds for which the claim holds; 0 for a claim of one seed, or one not measured."
+    for name, n in (("seeds", seeds), ("draws", draws)): check_number(name, n, 1, whole=True)
     if claim.verdict == "not measured" or claim.interval == "range" or len(claim.values) < 2: return 0.0
     rng, log = np.random.default_rng(0), claim.interval == "log-t"
     both = np.array([claim.values, claim.control_values])             # (2, n): paired
@@ -339,7 +347,9 @@ def prediction_interval(
     seeds: int,           # how many seeds the new mean is of
     level: float = 0.999,  # of the interval
 ) -> tuple[float, float]:  # its ends; infinite for a single kept seed
-    "Where the mean of new seeds should lie."
+    "Where the mean of new seeds should lie. Raises `ValueError` for no seeds, or a level that is none."
+    check_number("seeds", seeds, 1, whole=True)
+    check_number("level", level, 0, 1)
     if len(kept.values) < 2: return -math.inf, math.inf
     if kept.interval == "range":
         lo, hi = min(kept.values), max(kept.values)

@@ -13,6 +13,8 @@ from difflib import get_close_matches
 import numpy as np
 import pandas as pd
 
+from .settings import check_number
+
 # %% ../../nbs/lab/10_history.ipynb #6fcd96bf
 COLUMNS = ("run", "condition", "seed", "epoch", "split", "layer", "measure", "value")
 
@@ -108,7 +110,8 @@ def final(
     last: int = 3,        # snapshots to average, so that no verdict rests on one
     log: bool = False,    # geometric mean
 ) -> np.ndarray:          # (seeds,)
-    "The mean of the last values, by seed; NaN where one of them was not measured."
+    "The mean of the last values, by seed; NaN where one of them was not measured. Raises `ValueError` for none."
+    check_number("last", last, 1, whole=True)
     end = table.iloc[-last:]
     return (np.exp(np.log(end).mean(skipna=False)) if log else end.mean(skipna=False)).to_numpy()
 

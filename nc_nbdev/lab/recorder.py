@@ -9,7 +9,6 @@ __all__ = ['clean_loader', 'CollapseRecorder', 'missing_rows']
 
 # %% ../../nbs/lab/30_recorder.ipynb #26e41e67
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import cycle
 
@@ -137,9 +136,7 @@ def missing_rows(
 @patch
 def _report(self: CollapseRecorder, model, epoch, train, tests):
     "Measure, and keep the rows of an epoch; the report, or None where nothing can be measured any more."
-    every = tests.values() if isinstance(tests, Mapping) else [tests]
-    try:
-        with undisturbed(train, *every): report = measure(model, train, tests, **self.options)
+    try: report = measure(model, train, tests, **self.options)
     except ValueError as e:
         if not self.rows: raise         # the call is wrong, not the training
         return self._add([], epoch, [str(e)])

@@ -112,6 +112,7 @@ class _Seen:
         return stats.update(H, places)
 
 # %% ../../nbs/lab/25_report.ipynb #d70c7680
+@undisturbed()
 def collect(
     model: nn.Module,                # runs in evaluation mode and is left as it was
     dl: Iterable,                    # batches, as in `split_batch`

@@ -42,7 +42,7 @@ from fastprogress.fastprogress import progress_bar
 from .recorder import CollapseRecorder, missing_rows
 from .settings import Settings, get_settings, log_epochs, pick_device
 from .store import DamagedFile, Entry
-from .taps import layer_features, tap_layers
+from .taps import layer_features, tap_layers, undisturbed
 
 # %% ../../nbs/lab/40_runs.ipynb #32619d26
 FORMAT = 3     # of a run's folder
@@ -50,7 +50,7 @@ FORMAT = 3     # of a run's folder
 def recipe_id(
     recipe,   # a frozen dataclass; class attributes `kind` (default its name) and `version` (default 1)
 ) -> str:     # kind-0123456789abcdef, equal for equal recipes on every machine
-    "The name of a run: its kind and a hash of the fields not at their default. Raises `ValueError` for no recipe."
+    "Kind and a hash of the fields not at their default. Raises `ValueError` for no recipe, or a field not of JSON."
     kind = type(recipe)
     if not is_dataclass(kind): raise ValueError(f"{recipe!r}: expected a recipe, an instance of a dataclass")
     text = json.dumps([getattr(kind, "version", 1), _changed(recipe)], sort_keys=True)
@@ -65,8 +65,19 @@ def _changed(recipe):
     none = type(MISSING)                # a class that came to a worker process has another MISSING
     value = lambda f: f.default if isinstance(f.default_factory, none) else f.default_factory()
     default = {f.name: value(f) for f in fields(recipe)}
-    changed = {name: value for name, value in asdict(recipe).items() if value != default[name]}
+    changed = {name: value for name, value in _plain_fields(recipe).items() if value != default[name]}
     return json.loads(json.dumps(changed))
+
+
+def _plain_fields(recipe):
+    "All fields. Raises `ValueError` for one that JSON does not have."
+    found = asdict(recipe)
+    for name, value in found.items():
+        try: json.dumps(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{type(recipe).__name__}: {name} is a {type(value).__name__}, {value!r}: expected what "
+                             "JSON has: numbers of Python, texts, True, False, None, and tuples of these") from None
+    return found
 
 # %% ../../nbs/lab/40_runs.ipynb #d6ce4c42
 def measured_epochs(
@@ -123,7 +134,8 @@ class Run:
         return self.recipe.data(self.data_dir)
 
     @cached_property
-    def _network(self): return _learner(self.recipe, self.data_dir, "cpu").model
+    def _network(self):
+        with undisturbed(): return _learner(self.recipe, self.data_dir, "cpu").model
 
     @cached_property
     def _loaders(self): return {}
@@ -134,14 +146,18 @@ def model(
     self: Run,
     epoch: int | None = None,   # default the last
 ) -> torch.nn.Module:           # in evaluation mode
-    "The network after some epochs. Raises `ValueError` where none was kept."
+    "The network after some epochs. Raises `ValueError` where none was kept, or the recipe makes another network now."
     epoch = self.recipe.epochs if epoch is None else epoch
     if (name := f"weights-{epoch:04d}.pth") not in self.entry:
         _check_ended(self)
         kept = snapshot_epochs(self.recipe)
         raise ValueError(f"run {self.folder.name}: no weights of epoch {epoch}; kept are {kept}")
-    model = deepcopy(self._network)
-    model.load_state_dict(_weights(self, name))
+    model, weights = deepcopy(self._network), _weights(self, name)
+    try: model.load_state_dict(weights)
+    except RuntimeError as e:
+        kind = type(self.recipe).__name__
+        raise ValueError(f"run {self.folder.name}: its weights do not fit the network that {kind} makes now; after a "
+                         "change of its code, give the class another `version`") from e
     return model.eval()
 
 @patch
@@ -163,7 +179,7 @@ def features(
 ) -> tuple:                     # {layer: (N, D)}, labels (N,)
     "Features of layers on a split."
     model = self.model(epoch).to(device)
-    return layer_features(model, self.loaders(device)[split], layers or tap_layers(model)[-1:])
+    with undisturbed(): return layer_features(model, self.loaders(device)[split], layers or tap_layers(model)[-1:])
 
 # %% ../../nbs/lab/40_runs.ipynb #4544310f
 class TrainingEnded(ValueError):
@@ -367,7 +383,7 @@ def _train_run(run, device, bar, seconds=30.0, wait=True):
     there = lambda: [e for e in snapshot_epochs(run.recipe) if f"weights-{e:04d}.pth" in run.entry]
     say = lambda: f"run {run.folder.name}: another process trains it, kept epoch {max(there(), default=0)}"
     try:
-        with Waiting(say, bar, wait).lock(run.entry), one_thread(), _exit_on_sigterm():
+        with Waiting(say, bar, wait).lock(run.entry), one_thread(), undisturbed(), _exit_on_sigterm():
             return "read" if _finished(run) else _train(run, device, bar, seconds)
     except Busy: return ""
 
@@ -450,16 +466,19 @@ def _resumed(run, device):
 def _finished(run):
     "Whether a run can be read. Raises `DamagedFile` for a folder of another recipe; damaged files are set aside."
     if not run.entry.sound("recipe.json"): return False
-    found = run.entry.read_json("recipe.json")
+    found = _comparable(run.entry.read_json("recipe.json"))
     if (seen := found.get("format")) != FORMAT:
         raise DamagedFile(f"{run.folder}: written in format {seen}, this is format {FORMAT}; move it away")
-    now = json.loads(json.dumps(asdict(run.recipe)))
+    now = _comparable(asdict(run.recipe))
     other = {k: found[k] for k in now if k in found and found[k] != now[k]}       # a default that has changed, too
-    if found["changed"] != _changed(run.recipe) or other:
+    if found["changed"] != _comparable(_changed(run.recipe)) or other:
         raise DamagedFile(f"{run.folder}: holds another recipe than its name says, {other or found}; move it away")
     ended = run.entry.read_json("reasons.json").get("ended") if run.entry.sound("reasons.json") else None
     weights = [e for e in snapshot_epochs(run.recipe) if ended is None or e <= ended]
     return run.entry.whole(["history.parquet", *(f"weights-{e:04d}.pth" for e in weights)])
+
+
+def _comparable(value): return json.loads(json.dumps(value), parse_constant=str)       # NaN equals NaN
 
 # %% ../../nbs/lab/40_runs.ipynb #1f75bf97
 def parallel(
@@ -563,6 +582,7 @@ def get_runs(
     n_jobs: int | None = None,         # runs trained at once, default that of `parallel`
 ) -> list[Run]:                        # in the order of `recipes`
     "Finished runs of all recipes: read from disk, resumed, or trained. Raises as `parallel` does."
+    if not np.iterable(recipes): raise ValueError(f"{recipes!r}: expected recipes in a list; for one, get_run")
     settings, recipes = settings or get_settings(), list(recipes)
     if (plan := _plan.get()) is not None:
         plan.extend(recipes)

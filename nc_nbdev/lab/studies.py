@@ -70,6 +70,8 @@ def study(
     statements: tuple[Statement, ...],        # declared before measuring
 ) -> Callable:   # from run(settings, progress) -> Measured to run(settings=None, progress=True) -> StudyResult
     "Make a function a study. Its result is kept, and read while settings and the code that it uses are the same."
+    if len({s.id for s in statements}) < len(statements):
+        raise ValueError(f"study {name}: statements {[s.id for s in statements]}: expected each id once")
     def decorate(measure):
         @wraps(measure)
         def run(settings: Settings | None = None, progress: bool = True) -> StudyResult:
@@ -105,7 +107,8 @@ def _claims(name, statements, found, scale):
     claims, none = [], ((float("nan"),), (float("nan"),))
     for s in statements:
         for id in [i for i in found.values if i.partition(".")[0] == s.id] or [s.id]:
-            values, control = found.values.get(id) or none
+            pair = found.values.get(id)
+            values, control = none if pair is None else pair
             label = found.labels.get(id.partition(".")[2], id.partition(".")[2])
             note = found.notes.get(id) or (_gaps(values, control, s.interval) if id in found.values else "")
             claim = s.claim(values, control, study=name, scale=scale, note=note)
@@ -137,9 +140,9 @@ def imported_modules(
 
 def code_used(
     module: str,         # full name
-) -> dict[str, Path]:    # module -> file, this package's and the module's own, all that is imported from there
+) -> dict[str, Path]:    # module -> file, this package's and the module's own, or those beside a script
     "The modules that a module uses, transitively."
-    todo, found, roots = [module], {}, {"nc_nbdev", module.partition(".")[0]}
+    todo, found, roots = [module], {}, {"nc_nbdev", module.partition(".")[0], *_beside(module)}
     while todo:
         name = todo.pop()
         if name in found or name.partition(".")[0] not in roots: continue
@@ -150,6 +153,14 @@ def code_used(
         if found[name].name == "__init__.py": continue
         todo += imported_modules(found[name].read_text(encoding="utf-8"), name.rpartition(".")[0])
     return found
+
+
+def _beside(module):
+    "The modules and packages in the folder of a script, which is in no package."
+    spec = None if "." in module else find_spec(module)
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if not folder or "site-packages" in folder.parts: return set()
+    return {p.stem for p in folder.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
 
 # %% ../../nbs/lab/70_studies.ipynb #6b879882
 def _entry(name, module, settings):

@@ -16,9 +16,10 @@ import random
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import wraps
+from itertools import chain, takewhile
 
 import numpy as np
 import torch
@@ -384,19 +385,32 @@ def evaluating(
         for module, mode in modes: module.training = mode     # also where `train` gives another mode
 
 # %% ../../nbs/lab/20_taps.ipynb #2cdfc23f
-@contextmanager
-def undisturbed(
-    *loaders,   # or samplers, whose own `generator` is put back as well
-):
-    "Put the generators of Python, NumPy and PyTorch back as they were."
-    python, numpy = random.getstate(), np.random.get_state()
-    own = [g for dl in loaders if isinstance(g := getattr(dl, "generator", None), torch.Generator)]
-    states = [g.get_state() for g in own]
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())): yield
-    finally:
-        random.setstate(python); np.random.set_state(numpy)
-        for generator, state in zip(own, states, strict=True): generator.set_state(state)
+class undisturbed(ExitStack):
+    "Put the generators of Python, NumPy and PyTorch back as they were; as a decorator, those of given loaders, too."
+    def __init__(
+        self,
+        *loaders,   # or samplers, whose own generators are put back as well
+    ):
+        super().__init__()
+        self.loaders = loaders
+
+    def __enter__(self):
+        self.callback(random.setstate, random.getstate())
+        self.callback(np.random.set_state, np.random.get_state())
+        for part in (p for dl in self.loaders for p in (dl, getattr(dl, "sampler", None))):
+            if isinstance(own := getattr(part, "generator", None), torch.Generator):
+                self.callback(own.set_state, own.get_state())
+            if isinstance(rng := getattr(part, "rng", None), random.Random):         # of a loader of fastai
+                self.callback(setattr, part, "rng", copy.copy(rng))
+        self.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        return self
+
+    def __call__(self, function):
+        @wraps(function)
+        def call(*args, **named):
+            given = [v.values() if isinstance(v, Mapping) else [v] for v in (*args, *named.values())]
+            with undisturbed(*self.loaders, *chain.from_iterable(given)): return function(*args, **named)
+        return call
 
 # %% ../../nbs/lab/20_taps.ipynb #1fd7d438
 LABELS = ("labels", "label", "target", "y")   # where the labels of a batch with names are, the first that is there
@@ -574,6 +588,7 @@ def output_rows(
     return None
 
 # %% ../../nbs/lab/20_taps.ipynb #d69c3e82
+@undisturbed()
 def layer_features(
     model: nn.Module,                                 # runs in evaluation mode and is left as it was
     dl: Iterable,                                     # batches, as in `split_batch`
