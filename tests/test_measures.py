@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_against_definitions import problem
 
 import nc_nbdev as nc
-from nc_nbdev.geometry import duality, means, nearest_centre, ood
+from nc_nbdev.geometry import duality, means, nearest_centre, ood, variability
 from nc_nbdev.geometry.etf import simplex_etf, simplex_gram
 
 FEW = settings(max_examples=40, deadline=None)
@@ -189,6 +189,21 @@ def test_conventions_of_nc2_and_nc3():
     assert duality.nc3_duality(mu, mu) > 0.1
     assert duality.nc3_duality(W, mu, squared=True,
         row_normalised=True) == pytest.approx(8 * (1 - duality.nc3_cosine(W, mu)))
+
+
+@pytest.mark.parametrize("rows, eps", [(100 + 0.01 * torch.randn(40, 3).double(), 1e-12), (torch.ones(40, 3), 1e-15),
+                                       (1 + 1e-3 * torch.randn(7, 3).double(), 1e-12), (torch.randn(50, 3) + 1, 1e-12)])
+def test_angles_of_many_rows_that_are_nearly_parallel(rows, eps):
+    U = means.unit_rows(rows.double())
+    far = torch.cdist(U, U, compute_mode="donot_use_mm_for_euclid_dist")[~torch.eye(len(U), dtype=torch.bool)].square()
+    assert means.nc2_angles(rows, centred=False) == pytest.approx(far.std(correction=0).item() / 2, abs=eps)
+
+
+def test_features_whose_squares_underflow_say_so():
+    H, y, _, _ = problem(3, 5)
+    with pytest.raises(ValueError, match="so small that their squares"):
+        variability.nc1_trace(nc.ClassStatistics.from_features(H * 1e-200, y, num_classes=3))
+    assert "so small that their squares" in nc.measure_features(H * 1e-200, y, num_classes=3).reasons["nc2_etf"]
 
 
 def test_nc5():

@@ -202,6 +202,22 @@ def test_fewer_samples_than_dimensions():
     close(vci(ClassStatistics.from_features(H, y, num_classes=4)), two_pass(H, y, 4)["vci"], 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("spread", [1, 1e-5])
+def test_fewer_samples_than_dimensions_make_no_matrix(dtype, weighting, spread, monkeypatch):
+    "Samples in 20 of 300 dimensions, so that vci is not 0: as by the (D, D) covariance of a stream."
+    H, y = make(4, 20, [30, 40, 50, 60], spread=spread)
+    H = torch.nn.functional.pad(H, (0, 280)) if dtype == torch.float32 else H @ simplex_etf(20, 300)
+    H = H.to(dtype)
+    expected = vci(ClassStatistics.from_features(H.double(), y, num_classes=4, weighting=weighting), weighting)
+    stats = ClassStatistics.from_features(H, y, num_classes=4)
+    together = sum(ClassStatistics.from_features(H[i], y[i], num_classes=4) for i in (slice(0, 90), slice(90, None)))
+    for name in ("_coarse_covariance", "within_covariance"): monkeypatch.setattr(ClassStatistics, name, None)
+    close([vci(stats, weighting), vci(together, weighting)], [expected, expected], 1e-8)
+    assert expected > 1e-3 * spread**2
+
+
 # ---- precision
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -346,6 +362,17 @@ def test_nothing_aliases_the_callers_features():
     memory = ClassStatistics.from_features(kept, y, num_classes=3)
     kept += 1
     with pytest.raises(ValueError, match="changed in place"): vci(memory)
+
+
+@pytest.mark.parametrize("D", [3, 300])
+@pytest.mark.parametrize("measure", [nc1_pinv, vci])
+@pytest.mark.parametrize("write", [lambda H, y: H.__imul__(3), lambda H, y: H.__setitem__(slice(None), H[::-1].copy()),
+                                   lambda H, y: y.__setitem__(slice(None), y[::-1].copy())])
+def test_an_array_that_is_used_again_is_refused(D, measure, write):
+    H, y = (t.numpy() for t in make(3, D, [200, 150, 200], dtype=torch.float32))
+    stats = ClassStatistics.from_features(H, y, num_classes=3)
+    write(H, y)
+    with pytest.raises(ValueError, match="changed in place"): measure(stats)
 
 
 def test_gradients_inference_mode_and_subclasses_are_no_matter():
@@ -561,11 +588,12 @@ def test_an_outlier_as_the_first_sample_and_numbers_beyond_squares_in_float32():
     H, y = long_features(4, 256, 600)
     first = H.clone()
     first[:4] *= 1e5
-    for X in (first, H * 1e-25, H * 1e25, torch.where(y[:, None] == 2, H[2], H), H.bfloat16()):
+    for X in (first, H * 1e-20, H * 1e-25, H * 1e25, torch.where(y[:, None] == 2, H[2], H), H.bfloat16()):
         stats, exact = (ClassStatistics.from_features(h, y, num_classes=4) for h in (X, X.double()))
         close(stats.means, exact.means, 1e-7)
         close(stats.class_scatter, exact.class_scatter, 1e-6)
         close(vci(stats), vci(exact), 1e-5)
+        close(nc1_pinv(stats), nc1_pinv(exact), 1e-5)  # after vci, whose covariance it uses
 
 
 def test_an_exact_simplex_of_long_features_gives_zero():

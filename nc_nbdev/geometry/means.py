@@ -82,9 +82,10 @@ def nc2_angles(
 ) -> float:  # >= 0; 0 when all angles are equal
     "Standard deviation of `cos(M_c, M_c')` over pairs (Papyan, Han, Donoho 2020). Raises ValueError on a zero row."
     U = unit_rows(class_rows(source, centred=centred, weighting=weighting))
-    if len(U) > 2 * U.shape[1]:  # the cosines then cannot be alike, and their sums need no (K, K) product
-        pairs, squares = len(U) * (len(U) - 1), (U.T @ U).square().sum() - len(U)
-        return (squares / pairs - ((U.sum(0).square().sum() - len(U)) / pairs).square()).sqrt().item()
+    if len(U) > 2 * U.shape[1]:  # sums of the cosines then need no (K, K) product
+        pairs = len(U) * (len(U) - 1)
+        square, mean = ((U.T @ U).square().sum() - len(U)) / pairs, (U.sum(0).square().sum() - len(U)) / pairs
+        if (variance := square - mean.square()) > 1e-6 * square: return variance.sqrt().item()  # else it has few digits
     parts = [(cos.numel(), *torch.var_mean(cos, correction=0)) for cos in _cosines(U)]
     n, variance, mean = torch.tensor(parts, dtype=torch.float64).T  # of each part
     return (n @ (variance + (mean - n @ mean / n.sum()).square()) / n.sum()).sqrt().item()

@@ -108,7 +108,8 @@ def _parts(stats, head, weighting):
         if stats.num_classes > 500: raise ValueError("over 500 classes it takes minutes: call one_vs_rest_margin")
         return one_vs_rest_margin(M, centred=False)
     def coincide():
-        raise ValueError("all class means coincide (are the features constant?): there is no distance between classes")
+        raise ValueError("all class means coincide: there is no distance between classes; are the features constant, "
+                         "or so small that their squares are 0?")
     parts |= {"cdnv": partial(cdnv, stats), "one_vs_rest_margin": margin}
     if not M.any(): parts = dict.fromkeys(parts, coincide)
     if head is None: return parts
@@ -154,8 +155,9 @@ def measure_features(
 
 # %% ../../nbs/geometry/70_measures.ipynb #b3322acc
 def _one_pass(H, weighting):
-    "The weighting, if its covariance is best read in the first pass; None for features that are read in float32."
-    return None if isinstance(H, Tensor) and H.ndim == 2 and _coarse(H) else weighting
+    "The weighting, if its covariance is best read in the first pass; None if read in float32, or never as a whole."
+    if len(shape := getattr(H, "shape", ())) != 2: return weighting
+    return None if shape[0] < shape[1] or isinstance(H, Tensor) and _coarse(H) else weighting
 
 # %% ../../nbs/geometry/70_measures.ipynb #73e90298
 def _reference_means(reference, stats):

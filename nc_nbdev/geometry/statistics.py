@@ -166,7 +166,8 @@ def _check_batch(H, y, K, D, device):
     if not H.is_floating_point() or H.element_size() < 2:
         raise ValueError(f"features are {H.dtype}: expected a floating point dtype of 16 bits or more; use H.float()")
     if y.ndim != 1 or len(y) != len(H):
-        raise ValueError(f"labels have shape {tuple(y.shape)}, features {tuple(H.shape)}: expected one label a row")
+        do = "; of one-hot labels give y.argmax(1), of a column y.squeeze(1)" if y.ndim == 2 else ""
+        raise ValueError(f"labels have shape {tuple(y.shape)}, features {tuple(H.shape)}: expected one label a row{do}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels are {y.dtype}: expected integers 0..{K - 1}; convert with y.long()")
     H, y = H.to(device), y.to(device, torch.int64)
@@ -189,7 +190,9 @@ def as_tensor(
     try: tensor = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         seen = "None" if values is None else f"a {type(values).__name__}"
-        raise ValueError(f"{name} is {seen}: expected a tensor, or an array of numbers ({error})") from error
+        words = "label" in name and not isinstance(values, str) and ("str" in str(error) or "object_" in str(error))
+        do = ": number words with np.unique(y, return_inverse=True)[1]" if words else f" ({error})"
+        raise ValueError(f"{name} is {seen}: expected a tensor, or an array of numbers{do}") from error
     if tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"{name} is {tensor.layout} on {tensor.device}: expected a dense tensor with numbers")
     return tensor.as_subclass(Tensor)
@@ -295,17 +298,22 @@ def from_features(
 class _Features:
     "A reference to features H (N, D) and labels y (N,) in memory."
 
-    def __init__(self, H, y): self.H, self.y, self.versions = H, y, [_version(H), _version(y)]
+    def __init__(self, H, y): self.H, self.y, self.versions, self.seen = H, y, [_version(H), _version(y)], _sample(H, y)
 
     def residuals(self, means, weights, coarse=False) -> Iterator[Tensor]:
         "Parts sqrt(w_y) (mu_y - h), (B, D) each. Raises ValueError if the features were written to in between."
-        if self.versions != [_version(self.H), _version(self.y)]:
+        same = all(map(torch.equal, self.seen, _sample(self.H, self.y)))
+        if not same or self.versions != [_version(self.H), _version(self.y)]:
             raise ValueError("the features were changed in place after from_features read them: pass a clone()")
         dtype = torch.float32 if coarse else torch.float64
         scale = weights.sqrt()[:, None].to(dtype)  # (K, 1)
         for x, c in _differences(self.H.to(means.device), self.y.to(means.device), means, dtype): yield x.mul_(scale[c])
 
-def _version(t): return None if t.is_inference() else t._version  # how often it was written to
+def _version(t): return None if t.is_inference() else t._version  # how often PyTorch wrote to it
+
+def _sample(*tensors):
+    "Some rows of each, about 2**14 numbers: NumPy writes to the memory of an array and counts nothing."
+    return [t[:: max(1, t.numel() // 2**14)].clone() for t in tensors]
 
 # %% ../../nbs/geometry/10_statistics.ipynb #f054e390
 @patch
@@ -534,7 +542,7 @@ COARSE = 2e-6  # error of an entry of a covariance from float32 products whose d
 
 @patch
 def _coarse_covariance(self: ClassStatistics, weighting) -> Tensor | None:  # (D, D) float64
-    "Sigma_W from products in float32; None where features are not in memory, or have more digits."
+    "Sigma_W from products in float32; None where features are not in memory, have more digits, or are tiny."
     if not self._features or not all(_coarse(features.H) for features in self._features): return None
     def product():
         S, weights = self.means.new_zeros(self.dim, self.dim), self._class_weights(weighting) / self.counts
@@ -542,7 +550,7 @@ def _coarse_covariance(self: ClassStatistics, weighting) -> Tensor | None:  # (D
             for features in self._features:
                 for x in features.residuals(self.means, weights, coarse=True):
                     for part in x.split(512): _add_gram(S, part)  # few terms: float32 sums drift
-        return _mirror(S)
+        return _mirror(S) if S.diagonal().max() > 1e-30 else None  # products in float32 may have underflowed
     return self._cached(("coarse", weighting), product)
 
 # %% ../../nbs/geometry/10_statistics.ipynb #b294fde7

@@ -28,7 +28,7 @@ def _between_trace(stats, weighting) -> float:
     trace = stats.between_trace(weighting)
     if trace == 0:
         raise ValueError("all class means coincide: there is no distance between classes to compare the spread with; "
-                         "are the features constant?")
+                         "are the features constant, or so small that their squares are 0?")
     return trace
 
 # %% ../../nbs/geometry/20_variability.ipynb #378f3248
@@ -103,6 +103,9 @@ def vci(
 ) -> float:  # 0 at collapse, 1 when classes cannot be told apart linearly
     "Variability collapse index (Xu, Liu 2023, 2306.03440). ValueError without Sigma_W, or if all means coincide."
     s, V = _between_factors(stats, weighting)
+    if stats._features and stats.counts.sum() + len(s) < stats.dim:
+        Sigma_W, V = _in_their_span(stats, weighting, V)
+        return _vci_singular(Sigma_W, s, V)
     S = stats._coarse_covariance(weighting)
     if S is not None and (found := _vci_coarse(S, s, V)) is not None: return found
     Sigma_W = stats.within_covariance(weighting)  # (D, D)
@@ -145,3 +148,11 @@ def _vci_singular(Sigma_W, s, V) -> float:
     R = V.T @ Sigma_W @ V - explained @ explained.T  # (r, r)
     rho = torch.linalg.eigvalsh((R + R.T) / 2 / (s[:, None] * s)).clamp(min=0)
     return (rho / (1 + rho)).mean().item()
+
+def _in_their_span(stats, weighting, V) -> tuple[Tensor, Tensor]:  # (n, n) and (n, r), n = N + r
+    "Sigma_W and V (D, r) in the span of V and the N residuals in memory."
+    weights = stats._class_weights(weighting) / stats.counts
+    X = [x.clone() for features in stats._features for x in features.residuals(stats.means, weights)]
+    R = torch.linalg.qr(torch.cat([*X, V.T]).T, mode="r").R  # (n, n)
+    X, V = R[:, : -V.shape[1]], R[:, -V.shape[1] :]
+    return X @ X.T, V
