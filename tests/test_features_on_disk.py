@@ -183,6 +183,28 @@ def test_other_mistakes(tmp_path, capsys):
     fails(capsys, tmp_path / "a.npz", "--csv", tmp_path / "no" / "where.csv")
 
 
+def test_what_is_in_a_file_is_said(tmp_path, capsys):
+    path = lambda name: tmp_path / name
+    np.save(path("h.npy"), H)
+    np.save(path("y.npy"), y + 1)
+    np.save(path("rows.npy"), np.array([H[0], H[1, :2]], dtype=object))
+    torch.save({"epoch": 3, "train": {"features": torch.tensor(H), "labels": torch.tensor(y)}}, path("nested.pt"))
+    for name, write in (("null.parquet", pq.write_table), ("null.arrow", lambda t, p: as_arrow(p, t, ipc.new_file))):
+        write(table(H[:3], pa.array([0, None, 1])), path(name))
+        assert f"{name}: column 'labels': some rows have no value (null); expected" in fails(capsys, path(name))
+    said = fails(capsys, path("h.npy"), path("y.npy"), "--num-classes", 4)
+    assert "y.npy: labels from 1 to 4: expected 0..3" in said and "h.npy" not in said
+    assert "y.npy: 1 of 5 classes have no samples (0)" in fails(capsys, path("h.npy"), path("y.npy"))
+    assert "it holds Python objects" in (said := fails(capsys, path("rows.npy"), path("y.npy"))) and "np.stack" in said
+    assert "it holds epoch (a int), train (a dict): expected tensors by name; save" in fails(capsys, path("nested.pt"))
+
+
+@pytest.mark.parametrize("new", [ipc.new_file, ipc.new_stream])
+def test_the_width_of_a_table_is_that_of_its_first_list(new, tmp_path):
+    as_arrow(tmp_path / "a.arrow", table([None, *H], list(range(201))), new)
+    assert open_arrays(tmp_path / "a.arrow")["features"].shape == (201, 6)
+
+
 def test_reading_is_bounded(tmp_path):
     "A compressed file of 200 MB is read with far less memory."
     with zipfile.ZipFile(tmp_path / "large.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:

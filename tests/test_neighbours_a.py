@@ -273,6 +273,23 @@ def test_regression_of_a_network_without_a_last_layer():
     assert "no last layer" in report.notes[0] and "nrc2" not in set(report.frame.measure)
 
 
+@pytest.mark.parametrize("bias", [0.0, 0.1])
+def test_a_dead_layer_or_equal_targets_cost_their_numbers_only(bias):
+    "What follows a dead layer is constant, too: equal but for rounding."
+    H, Y, _ = pair()
+    model, count = regression_model(3), lambda report: report.frame.groupby("measure").size().to_dict()
+    full = count(nc.measure(model, [(H, Y)], [(H, Y)]))
+    equal = nc.measure(model, [(H, Y)], [(H, 0 * Y + bias)])
+    assert count(equal) == full | {"r2": 1} and equal.notes == ("test set, layer output: no r2, all targets are equal",)
+    report = measure_regression(model, [(H, 0 * Y + bias)])
+    assert "nrc1" in count(report) and not {"r2", "nrc3"} & set(count(report)) and len(report.notes) == 2
+    model[2].load_state_dict(dict(weight=0 * model[2].weight, bias=torch.full((10,), bias)))
+    report = nc.measure(model, [(H, Y)], [(H, Y)])
+    last, kept = report.layers[-1], report.frame.set_index("layer").measure
+    assert f"test set, layer {last}: no nrc1, noise, nrc2, all features are equal" in "".join(report.notes)
+    assert {"nrc1", "r2", "nrc3"} <= set(kept) and list(kept[[last]]) == ["nrc3"]
+
+
 def test_digit_targets_have_rank_two():
     tensors = RegressionTask(dataset="digits").tensors()
     values = torch.linalg.eigvalsh(torch.cov(tensors["train"][1].double().T))

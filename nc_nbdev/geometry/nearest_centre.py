@@ -202,7 +202,7 @@ def linearly_separable(
     classes, y = y.unique(return_inverse=True)
     if len(classes) < 2: raise ValueError(f"{len(y)} labels of {len(classes)} classes: expected two classes at least")
     X = H - H.mean(0)
-    X = torch.cat([X / X.abs().max().clamp(min=1e-300), torch.ones(len(X), 1)], 1)  # (N, D+1)
+    X = torch.cat([X / X.abs().amax(0).clamp(min=1e-300), torch.ones(len(X), 1)], 1)  # (N, D+1)
     own, K = one_hot(y), len(classes)  # (N, K)
     rivals = (own[:, None] - torch.eye(K))[own == 0]  # (N(K-1), K): own class minus one of the others
     A = rivals[:, 1:, None] * X.repeat_interleave(K - 1, 0)[:, None]  # (N(K-1), K-1, D+1)

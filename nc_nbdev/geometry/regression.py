@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .etf import as_whole
 from .nearest_centre import as_features
-from .statistics import as_tensor
+from .statistics import ROUNDING, as_tensor
 
 # %% ../../nbs/geometry/75_regression.ipynb #91a4f8ba
 class RegressionStatistics:
@@ -42,8 +42,14 @@ class RegressionStatistics:
         Y: Tensor,   # (B, n) targets, or (B,) for n = 1
     ) -> "RegressionStatistics":
         "Add a batch. Raises ValueError on wrong shapes, NaN or infinity; the state is then unchanged."
-        X = _check_batch(H, Y, self.dim, self.num_targets)                      # (B, D + n)
-        if not len(X): return self
+        H, Y = _check_batch(H, Y, self.dim, self.num_targets)
+        for h, y in zip(H.split(4096), Y.split(4096), strict=True):             # float64 copies of parts only
+            self._add(torch.cat([h.cpu().double(), y.cpu().double()], 1))
+        return self
+
+    def _add(self, X):   # (B, D + n)
+        "Merge features beside targets."
+        if not len(X): return
         mean, n = X.mean(0), self.count + len(X)
         delta = mean - self.mean
         self._scatter += (X - mean).T @ (X - mean) + torch.outer(delta, delta) * (self.count * len(X) / n)
@@ -52,7 +58,6 @@ class RegressionStatistics:
         if self._unit is not None:
             unit = torch.nn.functional.normalize(X[:, :self.dim] - self.centre, dim=1)
             self._unit += unit.T @ unit
-        return self
 
 # %% ../../nbs/geometry/75_regression.ipynb #92654ec7
 def _check_sizes(dim, num_targets, centre):
@@ -68,16 +73,17 @@ def _check_sizes(dim, num_targets, centre):
     return as_whole(dim), as_whole(num_targets), centre.double()
 
 def _check_batch(H, Y, dim, num_targets):
-    "Features beside targets, (B, D + n) float64 on the CPU, or a ValueError that says what was seen."
+    "Features (B, D) and targets (B, n), or a ValueError that says what was seen."
     H, Y = as_tensor(H, "features"), as_tensor(Y, "Y (targets)")
     if H.shape != (0, dim): H = as_features(H, dim)
     if Y.ndim == 1: Y = Y[:, None]
     if Y.shape != (len(H), num_targets) or Y.is_complex():
         raise ValueError(f"targets are {Y.dtype} of shape {tuple(Y.shape)}: expected real numbers of shape "
                          f"{(len(H), num_targets)}, a row a sample")
-    X = torch.cat([H.detach().cpu().double(), Y.cpu().double()], 1)
-    if not X.isfinite().all(): raise ValueError("features or targets hold NaN or infinity: did the training diverge?")
-    return X
+    for part in (H, Y):   # finite float16 may have an infinite sum
+        if not part.sum().isfinite() and not part.isfinite().all():
+            raise ValueError("features or targets hold NaN or infinity: did the training diverge?")
+    return H, Y
 
 # %% ../../nbs/geometry/75_regression.ipynb #2953eb31
 @patch(cls_method=True)
@@ -88,7 +94,8 @@ def from_features(
 ) -> RegressionStatistics:   # centred at the mean of the features
     "Statistics of features in memory. Raises ValueError on what `update` refuses, and when there are no samples."
     H, Y = as_features(H), as_tensor(Y, "Y (targets)")
-    centre = H.detach().cpu().double().mean(0).nan_to_num()                     # `update` names features that are NaN
+    total = sum(h.cpu().double().sum(0) for h in H.split(4096))
+    centre = (total / len(H)).nan_to_num()                                      # `update` names features that are NaN
     return cls(H.shape[1], Y.shape[1] if Y.ndim == 2 else 1, centre).update(H, Y)
 
 # %% ../../nbs/geometry/75_regression.ipynb #293a3774
@@ -127,10 +134,16 @@ def target_covariance(self: RegressionStatistics) -> Tensor:
 
 @patch
 def principal_directions(self: RegressionStatistics) -> Tensor:
-    "(D, n) the directions of largest variance, as many as targets. Raises ValueError for D < n, or no samples."
+    "(D, n) the directions of largest variance, as many as targets. Raises ValueError for D < n, or equal features."
     if self.dim < self.num_targets:
         raise ValueError(f"{self.num_targets} targets and features of length {self.dim}: expected D >= n")
-    return torch.linalg.eigh(self.feature_covariance).eigenvectors[:, -self.num_targets:]
+    S = self.feature_covariance
+    if not _varies(S.trace(), self.mean[:self.dim]): raise ValueError("all features are equal: there are no directions")
+    return torch.linalg.eigh(S).eigenvectors[:, -self.num_targets:]
+
+def _varies(variance, mean) -> bool:
+    "Whether a variance is more than the rounding of numbers with that mean."
+    return bool(variance > (ROUNDING * mean.norm()).square())
 
 def _check_statistics(stats, name="stats"):
     "Raises ValueError for what is no RegressionStatistics."
@@ -151,7 +164,9 @@ def _outside(stats, Q, weighting):
     if weighting == "sample" and stats._unit is None:
         raise ValueError("weighting='sample' needs a centre: use from_features, or give centre=, or 'variance'")
     S = stats.feature_covariance if weighting == "variance" else stats._unit
-    if not S.trace() > 0: raise ValueError("all features are equal: there are no directions")
+    mean = stats.mean[:stats.dim]
+    far = stats.feature_covariance.trace() + ((mean - stats.centre).square().sum() if weighting == "sample" else 0)
+    if not _varies(far, mean): raise ValueError("all features are equal: there are no directions")
     return (1 - (Q.T @ S @ Q).trace() / S.trace()).clamp(0, 1).item()
 
 
@@ -159,7 +174,7 @@ def nrc1(
     stats: RegressionStatistics,   # of the features
     weighting: str = "sample",     # each sample alike ("sample"), or by its distance from the mean ("variance")
     reference: RegressionStatistics | None = None,   # whose principal directions; default those of `stats`
-) -> float:   # 0 to 1; 0 at collapse
+) -> float:   # 0 to 1; 0 at collapse, or up to 1e-16 by rounding
     "Share of the features outside of n principal directions (Andriopoulos et al. 2024, 2409.04180). Raises ValueError."
     reference = stats if reference is None else reference
     _check_samples(stats), _check_statistics(reference, "reference")
@@ -172,7 +187,7 @@ def nrc2(
     W: Tensor,                     # (n, D) last layer
     stats: RegressionStatistics,   # of its inputs
     weighting: str = "sample",     # as in `nrc1`
-) -> float:   # 0 to 1; 0 at collapse
+) -> float:   # 0 to 1; 0 at collapse, or up to 1e-16 by rounding
     "Share of the features outside of the row space of W (Andriopoulos et al. 2024, 2409.04180). Raises ValueError."
     _check_samples(stats)
     Q, R = torch.linalg.qr(_head(W, stats).T)
@@ -197,7 +212,8 @@ def nrc3(
     _check_samples(stats)
     A, (values, Q) = _head(W, stats) @ _head(W, stats).T, torch.linalg.eigh(stats.target_covariance)
     root = values.clamp(min=0).sqrt()                                     # (n,), of S
-    if not A.any() or not root[-1] > 0: raise ValueError("W or the targets are constant: there is no shape to compare")
+    if not A.any() or not _varies(values[-1], stats.mean[stats.dim:]):
+        raise ValueError("W is zero or the targets are constant: there is no shape to compare")
     a, n = (Q.T @ A @ Q), len(root)
     p, q, s, t = a.diagonal() @ root, A.trace(), root @ root, root.sum()
     inner = (q * s - p * t) / (q * t - p * n)

@@ -53,7 +53,11 @@ def _kind(dtype):
     return "f" if dtype.is_floating_point else "b" if dtype == torch.bool else "c" if dtype.is_complex else "i"
 
 def _npy(path):
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try: array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as e:
+        if "object" not in str(e): raise
+        raise ValueError("it holds Python objects, which could run code when read: expected an array of numbers; "
+                         "of rows in a list, save np.stack(rows)") from e
     return {path.stem: _sliced(array, array.shape, _kind(array.dtype))}
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #b0fb6413
@@ -104,7 +108,12 @@ def _pt(path):
     if isinstance(found, Tensor): found = {path.stem: found}
     if isinstance(found, (list, tuple)): found = {str(i): part for i, part in enumerate(found)}
     if not isinstance(found, dict): raise ValueError(f"it holds a {type(found).__name__}: expected tensors by name")
-    return {str(k): _sliced(t.detach(), t.shape, _kind(t.dtype)) for k, t in found.items() if isinstance(t, Tensor)}
+    arrays = {str(k): _sliced(t.detach(), t.shape, _kind(t.dtype)) for k, t in found.items() if isinstance(t, Tensor)}
+    if found and not arrays:
+        seen = ", ".join(f"{k} (a {type(part).__name__})" for k, part in [*found.items()][:12])
+        raise ValueError(f"it holds {seen}: expected tensors by name; save what is inside, {{'features': H, 'labels': "
+                         "y}, in a file of its own")
+    return arrays
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #5b3660af
 def _column(name, field, N, batches):
@@ -112,7 +121,12 @@ def _column(name, field, N, batches):
     kind = lambda t: "f" if pa.types.is_floating(t) else "i" if pa.types.is_integer(t) else "O"
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_list(field.type) for is_list in lists):
-        whole = lambda size: (b.column(0).to_numpy(zero_copy_only=False) for b in batches([name], size))
+        def whole(size):
+            for part in (b.column(0) for b in batches([name], size)):
+                if part.null_count:
+                    raise ValueError(f"column {name!r}: some rows have no value (null); expected a number in each: "
+                                     "leave them out")
+                yield part.to_numpy(zero_copy_only=False)
         return StoredArray((N,), kind(field.type), whole)
     width = next((len(row) for b in batches([name], 1) for row in b.column(0) if row.is_valid), 0)
     def rows(size):
@@ -133,7 +147,8 @@ def _arrow(path):
     source = pa.memory_map(str(path))
     try: table = ipc.open_file(source).read_all()          # mapped: nothing is copied
     except pa.ArrowInvalid: table = ipc.open_stream(pa.memory_map(str(path))).read_all()
-    batches = lambda columns, size: table.select(columns).to_batches(size)
+    batches = lambda columns, size: (b.slice(i, size) for b in table.select(columns).to_batches()
+                                     for i in range(0, len(b), size))
     return {f.name: _column(f.name, f, len(table), batches) for f in table.schema}
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #b89f9684
@@ -173,10 +188,11 @@ class StoredFeatures:
             raise ValueError(f"{len(paths)} files: expected features and labels in one file or in two")
         if (as_whole(batch_size) or 0) < 1:
             raise ValueError(f"batch_size is {batch_size!r}: expected a whole number of rows, at least 1")
-        self.path, self.batch_size, found = Path(paths[0]), batch_size, [open_arrays(path) for path in paths]
+        self.path, self.labels_path = Path(paths[0]), Path(paths[-1])
+        self.batch_size, found = batch_size, [open_arrays(path) for path in paths]
         self.array = _choose(found[0], self.path, features, ("features", "H"), 2, "f", "--features")
-        column = _choose(found[-1], paths[-1], labels, LABELS, 1, "i", "--labels")
-        with _reading(paths[-1]): parts = [_tensor(part) for part in column.rows(2**20)]
+        column = _choose(found[-1], self.labels_path, labels, LABELS, 1, "i", "--labels")
+        with _reading(self.labels_path): parts = [_tensor(part) for part in column.rows(2**20)]
         self.labels = torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.int64)
         if not len(self.labels) or self.array.shape[0] != len(self.labels):
             raise ValueError(f"{self.path}: {self.array.shape[0]} rows of features, {len(self.labels)} labels: "
@@ -285,16 +301,16 @@ def measure_files(
 # %% ../../nbs/lab/28_features_on_disk.ipynb #90c03320
 def _check_labels(split, K, absent):
     "Raises ValueError unless the labels are 0..K-1 and each occurs, if it must: seen before any features are read."
-    low, high, N = split.labels.min(), split.labels.max(), len(split.labels)
-    if low < 0 or high >= K: raise ValueError(f"{split.path}: labels from {low} to {high}: expected 0..{K - 1}")
+    low, high, N, path = split.labels.min(), split.labels.max(), len(split.labels), split.labels_path
+    if low < 0 or high >= K: raise ValueError(f"{path}: labels from {low} to {high}: expected 0..{K - 1}")
     if absent == "leave out":
         if low < high: return
-        raise ValueError(f"{split.path}: all {N} labels are {low}: expected two classes at least")
-    if K > N: raise ValueError(f"{split.path}: {K} classes, {N} samples: every class needs at least one")
+        raise ValueError(f"{path}: all {N} labels are {low}: expected two classes at least")
+    if K > N: raise ValueError(f"{path}: {K} classes, {N} samples: every class needs at least one")
     empty = (split.labels.bincount(minlength=K) == 0).nonzero().flatten().tolist()
     if not empty: return
     names = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
-    raise ValueError(f"{split.path}: {len(empty)} of {K} classes have no samples ({names}): every class needs at least "
+    raise ValueError(f"{path}: {len(empty)} of {K} classes have no samples ({names}): every class needs at least "
                      "one in every file; add samples, or leave these classes out of all files and number the others "
                      "from 0; or leave them out: --absent 'leave out'")
 

@@ -11,13 +11,14 @@ __all__ = ['number_targets', 'RegressionReport', 'compare_reports', 'measure_reg
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..geometry.regression import RegressionStatistics, nrc1, nrc2, nrc3
+from ..geometry.regression import RegressionStatistics, _head, _varies, nrc1, nrc2, nrc3
 from ..geometry.statistics import as_tensor
 from .taps import check_layers, head_of, split_batch, tap_layers, tapped_batches, undisturbed, unwrap
 
@@ -123,9 +124,11 @@ def measure_regression(
     W, read, note = _last_layer(model, head, n, passes["train"], layers)
     narrow = [la for la in layers if passes["train"][la].dim < n]
     few = f"No NRC1 of layer {', '.join(narrow)}: fewer features than the {n} targets." if narrow else None
-    rows = [row for split, found in passes.items() for row in _rows(split, found, passes["train"], W, read)]
+    missing = {}
+    rows = [row for split, found in passes.items() for row in _rows(split, found, passes["train"], W, read, missing)]
+    lost = [f"{split} set, layer {la}: no {', '.join(names)}, {why}" for (split, la, why), names in missing.items()]
     return RegressionReport(n, layers, pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]),
-                            tuple(filter(None, (note, few))))
+                            tuple(filter(None, (note, few, *lost))))
 
 # %% ../../nbs/lab/22_regression.ipynb #9c82a1c2
 def _one_pass(model, dl, layers, centres, reading):
@@ -157,7 +160,7 @@ def _one_pass(model, dl, layers, centres, reading):
 def _last_layer(model, head, n, stats, layers):
     "W or None, the layer that it reads, and what is to be said about it."
     if head is None: return None, None, "No NRC2 and NRC3: no last layer was asked for."
-    if not isinstance(head, str): return head[0], layers[-1], None
+    if not isinstance(head, str): return _head(head[0], stats[layers[-1]]), layers[-1], None
     named = [k for k, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == n]
     if head == "auto" and not named: return None, None, f"No NRC2 and NRC3: no linear layer has {n} outputs."
     W = head_of(model, named[-1] if head == "auto" else check_layers(model, head)[0])[0]
@@ -165,17 +168,21 @@ def _last_layer(model, head, n, stats, layers):
     return (W, fits[-1], None) if fits else (None, None, "No NRC2 and NRC3: no layer has the width of the last.")
 
 
-def _rows(split, found, train, W, read):
-    "The rows of a split."
+def _rows(split, found, train, W, read, missing):
+    "The rows of a split. What cannot be had is added to `missing`: (split, layer, reason) -> measures."
     if (errors := found.pop("output")) is not None:
         one = next(iter(found.values()))
         mse = errors / one.count
         yield split, "output", "mse", mse.sum().item()
-        yield split, "output", "r2", (1 - mse.sum() / one.target_covariance.trace()).item()
+        variance = one.target_covariance.trace()
+        if _varies(variance, one.mean[one.dim:]): yield split, "output", "r2", (1 - mse.sum() / variance).item()
+        else: missing[split, "output", "all targets are equal"] = ["r2"]
     for layer, stats in found.items():
-        if stats.dim >= stats.num_targets:
-            yield split, layer, "nrc1", nrc1(stats, reference=train[layer])
-            yield split, layer, "noise", nrc1(stats, "variance", reference=train[layer])
-        if layer != read: continue
-        yield split, layer, "nrc2", nrc2(W, stats)
-        if split == "train": yield split, layer, "nrc3", nrc3(W, stats)
+        parts = {"nrc1": partial(nrc1, stats), "noise": partial(nrc1, stats, "variance")}
+        parts = {k: partial(f, reference=train[layer]) for k, f in parts.items() if stats.dim >= stats.num_targets}
+        if layer == read: parts["nrc2"] = partial(nrc2, W, stats)
+        if layer == read and split == "train": parts["nrc3"] = partial(nrc3, W, stats)
+        for name, measure in parts.items():
+            try: value = measure()
+            except ValueError as e: missing.setdefault((split, layer, str(e)), []).append(name)
+            else: yield split, layer, name, value
