@@ -152,7 +152,8 @@ BROKEN = {
     "the control was stopped early": (
         lambda: world()[lambda h: (h.condition != NAMES[1]) | (h.epoch < 50)], ["1a", "1b"]),
     "train features spread again at the end": (lambda: world().assign(value=lambda h: h.value.where(
-        (h.measure != "train_variance") | (h.split != "train") | (h.epoch < 53), h.value * (h.epoch / 38) ** 4)), ["1a"]),
+        (h.measure != "train_variance") | (h.split != "train") | (h.epoch < 53), h.value * (h.epoch / 38) ** 4)),
+        ["1a"]),
     "train images are all right once": (lambda: touched(world(), NAMES[0]), ["1a", "1b", "2a", "2b", "3a", "3b"]),
     "copies of one seed": (lambda: pd.concat([world(seeds=1).assign(seed=s) for s in range(5)]),
                            ["1a", "1b", "2a", "2b", "2c", "3a", "3b", "3d"]),
