@@ -65,8 +65,8 @@ def test_a_statement_has_one_bar_and_a_known_interval(bad):
 
 
 def test_bounded_numbers_need_six_seeds():
-    assert seed_interval([.9, 1, 1, 1, 1], "bootstrap")[1:] == (-math.inf, math.inf)
-    centre, lo, hi = seed_interval([.9, 1, 1, .8, .9, 1], "bootstrap")
+    assert seed_interval([.9, 1, 1, 1, 1], "expanded")[1:] == (-math.inf, math.inf)
+    centre, lo, hi = seed_interval([.9, 1, 1, .8, .9, 1], "expanded")
     assert 0.8 <= lo < centre < hi <= 1        # never outside what can be
 
 
@@ -92,7 +92,7 @@ def test_p_values_of_nothing():
 
 
 def test_the_signs_of_few_seeds_are_enumerated():
-    bounded = replace(UP, at_least=0.5, interval="bootstrap")
+    bounded = replace(UP, at_least=0.5, interval="expanded")
     assert p_value(bounded.claim([.9, 1, .8, .7, .9, 1], [0] * 6)) == 1 / 64
     values = [.9, .3, .8, .7, .9, .2]
     signs = np.array(list(itertools.product([1, -1], repeat=6)))

@@ -669,7 +669,7 @@ def test_claims_of_a_training_that_diverges_are_not_measured(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("interval", ["t", "log-t", "bootstrap", "range"])
+@pytest.mark.parametrize("interval", ["t", "log-t", "bootstrap", "expanded", "range"])
 def test_a_claim_on_a_number_that_is_not_finite_is_not_measured(value, interval):
     for bar in (dict(at_least=0.5), dict(at_most=0.5)):
         said = Statement("a", "", "", "", interval=interval, **bar)

@@ -24,7 +24,7 @@ from .settings import check_choice, check_number
 # %% ../../nbs/lab/60_claims.ipynb #198c5a17
 def seed_interval(
     values,               # one number a seed, shape (n,)
-    kind: str = "t",      # "t", "log-t" (positive values), "bootstrap" (bounded values) or "range"
+    kind: str = "t",      # "t", "log-t" (positive values), "expanded" (bounded values), "bootstrap" or "range"
     level: float = 0.95,  # confidence
 ) -> tuple[float, float, float]:  # centre, lower end, upper end
     "Interval over seeds; infinite where there are too few. Raises `ValueError` for no values or an unknown kind."
@@ -38,15 +38,17 @@ def seed_interval(
         if (x <= 0).any(): raise ValueError(f"kind='log-t' needs positive values, got {x.min()}; use kind='t'")
         return tuple(float(np.exp(v)) for v in seed_interval(np.log(x), "t", level))
     centre = float(x.mean())
-    if x.size < (6 if kind == "bootstrap" else 2): return centre, -math.inf, math.inf
-    if kind == "bootstrap":
+    if x.size < (6 if kind in _RESAMPLED else 2): return centre, -math.inf, math.inf
+    if kind in _RESAMPLED:
         means = np.random.default_rng(0).choice(x, (20_000, x.size)).mean(axis=1)
-        tail = _stats.norm.cdf(_stats.t.ppf((1 - level) / 2, x.size - 1) * math.sqrt(x.size / (x.size - 1)))
-        return centre, *map(float, np.quantile(means, [tail, 1 - tail]))       # expanded, since x has few values
+        wide = _stats.norm.cdf(_stats.t.ppf((1 - level) / 2, x.size - 1) * math.sqrt(x.size / (x.size - 1)))
+        tail = wide if kind == "expanded" else (1 - level) / 2
+        return centre, *map(float, np.quantile(means, [tail, 1 - tail]))
     half = float(_stats.t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
     return centre, centre - half, centre + half
 
-_KINDS = ("t", "log-t", "bootstrap", "range")
+_RESAMPLED = "expanded", "bootstrap"
+_KINDS = ("t", "log-t", *_RESAMPLED, "range")
 
 # %% ../../nbs/lab/60_claims.ipynb #d12d8a9f
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _p_one_sided(x, kind):
     "p-value of mean <= 0 for differences `x` that should be positive."
     x = np.asarray(x, float)
     if not np.isfinite(x).all() or x.size < 2: return 1.0
-    if kind == "bootstrap":
+    if kind in _RESAMPLED:
         if x.size <= 14: return float((_all_signs(x.size) @ x >= x.sum() - 1e-12 * abs(x).sum()).mean())
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, x.size))
         return float((1 + (signs @ x >= x.sum()).sum()) / 20_001)
@@ -265,7 +267,7 @@ def power(
     if log: both = np.log(both)
     mean, spread = both.mean(axis=1, keepdims=True), np.atleast_2d(np.cov(both))
     def drawn():
-        if claim.interval == "bootstrap": return both[:, rng.integers(both.shape[1], size=seeds)]
+        if claim.interval in _RESAMPLED: return both[:, rng.integers(both.shape[1], size=seeds)]
         return mean + rng.multivariate_normal((0, 0), spread, size=seeds).T
     held = 0
     for _ in range(draws):

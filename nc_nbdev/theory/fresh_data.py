@@ -168,10 +168,10 @@ CLAIMS = (
               control="class means that vary in all directions", reason="well below 1"),
     Statement("T95c", "The nearest centre separates true labels in an earlier layer than random ones",
               "depth for random labels less depth for true ones, six layers, at least 99 % of the labels fitted",
-              at_least=2.0, interval="bootstrap", control="two kinds of random labels",
+              at_least=2.0, interval="expanded", control="two kinds of random labels",
               source="Galanti, Galanti, Ben-Shaul 2022, 2202.09028", reason="more than one layer"),
     Statement("T95d", "Over losses and decays, the more collapse the worse the transfer to unseen classes",
-              "Spearman correlation of nc1_trace and 5-shot error, eight networks", at_most=0.0, interval="bootstrap",
+              "Spearman correlation of nc1_trace and 5-shot error, eight networks", at_most=0.0, interval="expanded",
               control="the error on fresh samples of the source classes", reason="the direction",
               source="after Kornblith et al. 2020, 2010.16402"),
 )
