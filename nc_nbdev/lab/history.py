@@ -83,7 +83,7 @@ def matched(
     *conditions: str,        # a treatment, and its controls
     measure: str | None = None,   # that is compared, default all there are
 ) -> np.ndarray:             # (seeds,): 1, or NaN
-    "1 for seeds with which all conditions (all layers of a measure) reach the same epoch. Raises `ValueError` for other seeds."
+    "1 for seeds with which all conditions, or layers, reach the same epoch. Raises `ValueError` for other seeds."
     part = history if measure is None else history[history.measure == measure]
     last = lambda rows: rows.groupby(["seed", "layer"], dropna=False).epoch.max().groupby("seed")
     found = [last(part[_is(part.condition, c)]) for c in conditions]

@@ -69,7 +69,7 @@ def study(
     title: str,                               # as a heading
     statements: tuple[Statement, ...],        # declared before measuring
 ) -> Callable:   # from run(settings, progress) -> Measured to run(settings=None, progress=True) -> StudyResult
-    "Make a function a study; its result is kept while settings and code are the same. Raises `ValueError` for double ids."
+    "Make a function a study; its result is kept for these settings and this code. Raises `ValueError` for double ids."
     if len({s.id for s in statements}) < len(statements):
         raise ValueError(f"study {name}: statements {[s.id for s in statements]}: expected each id once")
     def decorate(measure):
