@@ -161,7 +161,8 @@ def collect(
     if found is not None: stats = {layer: stat.take(order) for layer, stat in stats.items()}
     for layer, H in features.items():
         y, K = (labels, num_classes) if found is None else (torch.searchsorted(found, labels), len(found))
-        stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting="class")
+        few = len(H) < H.shape[1]                     # then no (D, D) matrix is needed, if the features stay at hand
+        stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting=None if few else "class")
     return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
                      tuple(heads), None if found is None or len(found) == num_classes else found, num_classes,
                      tuple(filter(None, doubts.values())))
