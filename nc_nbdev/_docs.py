@@ -16,6 +16,12 @@ from nbdev.processors import add_links
 NESTED = re.compile(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(([^)]*)\)")  # [[`name`](symbol link)](the author's link)
 PLOTLY = "application/vnd.plotly.v1+json"
 TRACES = {"cone", "isosurface", "mesh3d", "scatter", "scatter3d", "streamtube", "surface", "volume"}  # vendor/plotly's
+RELEASED = """(figure) => {  // a press shorter than the drawing of its frame leaves plotly's slider held: it would stay
+  let held = false;
+  figure.on("plotly_sliderstart", () => { held = true; });
+  figure.on("plotly_sliderend", () => { held = false; });
+  figure.on("plotly_redraw", () => { for (const s of figure._fullLayout.sliders ?? []) s._dragging &&= held; });
+}"""
 SOURCE = re.compile(r"\[source\]\(/blob/[^)]*\)\{[^}]*\}\s*")  # show_doc's link to a repository without an address
 
 # nbdev lists a module in llms.txt and in the package's docstring when its own has more than three lines, counting the
@@ -83,8 +89,8 @@ def plotly_html(figure, name, script, alt):
     return (f'<div class="plotly-figure" id="{name}" role="group" aria-label="{html.escape(alt)}" '
             f'style="height:{height}px"></div>\n'
             f'<script src="{script}"></script>\n<script>Plotly.newPlot("{name}", '
-            f'Object.assign({data}, {{config: {{responsive: true, displaylogo: false, scrollZoom: false}}}}));'
-            '</script>')
+            f'Object.assign({data}, {{config: {{responsive: true, displaylogo: false, scrollZoom: false}}}}))'
+            f'.then({RELEASED});</script>')
 
 
 class PlotlyFigures(Processor):

@@ -390,6 +390,12 @@ SPREAD = """() => {
   return [spread(train), spread(test)]; }"""
 
 
+RELEASE = """() => {   // a tap that ends before its frame is drawn
+  const figure = document.querySelector('.plotly-figure');
+  const release = () => figure.dispatchEvent(new MouseEvent('mouseup'));
+  figure.once('plotly_animatingframe', () => Promise.resolve().then(release)); }"""
+
+
 def test_tetrahedron_slider_moves_the_points(page, url):
     "Train points run into the corners, test points stay behind; the drawing follows the slider."
     page.goto(url + "paper/tetrahedron.html")
@@ -402,9 +408,12 @@ def test_tetrahedron_slider_moves_the_points(page, url):
     assert test_last > 3 * train_last
     picture = scene.screenshot()
     box = rail.bounding_box()
-    page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
+    page.evaluate(RELEASE)
+    page.mouse.move(box["x"] + 3, box["y"] + box["height"] / 2)
+    page.mouse.down()
     label = "document.querySelector('.plotly-figure .slider-label')?.textContent"
     page.wait_for_function(f"{label} === 'epoch 0'")
+    page.mouse.up()
     page.wait_for_function(f"({SPREAD})()[0] > {10 * train_last}")
     train_first, test_first = page.evaluate(SPREAD)
     assert 0.7 < test_first / train_first < 1.4
