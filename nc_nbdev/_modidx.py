@@ -1419,6 +1419,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nc_nbdev.reproduce.kept_board': ('reproduce.html#kept_board', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce.kept_figure': ('reproduce.html#kept_figure', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce.kept_figures': ('reproduce.html#kept_figures', 'nc_nbdev/reproduce.py'),
+                                    'nc_nbdev.reproduce.kept_histories': ('reproduce.html#kept_histories', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce.kept_results': ('reproduce.html#kept_results', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce.load_study': ('reproduce.html#load_study', 'nc_nbdev/reproduce.py'),
                                     'nc_nbdev.reproduce.main': ('reproduce.html#main', 'nc_nbdev/reproduce.py'),

@@ -7,8 +7,8 @@ All studies by name (`STUDIES`), and `reproduce`, also the command `nc-reproduce
 # %% auto #0
 __all__ = ['STUDIES', 'study_names', 'load_study', 'primary_ids', 'report_html', 'tally', 'format_scoreboard', 'reproduce',
            'results_folder', 'report_folder', 'plan', 'format_plan', 'part_name', 'kept_results', 'kept_board',
-           'verdicts_today', 'kept_figure', 'kept_figures', 'measured_design', 'format_agreement', 'code_hash',
-           'register', 'confirm', 'main']
+           'verdicts_today', 'kept_figure', 'kept_figures', 'kept_histories', 'measured_design', 'format_agreement',
+           'code_hash', 'register', 'confirm', 'main']
 
 # %% ../nbs/reproduce.ipynb #9c90b3bc
 import argparse
@@ -330,6 +330,17 @@ def kept_figures(
     page.quantize(256).save(file, "PNG", optimize=True)     # a smaller file
     return file.getvalue()
 
+
+def kept_histories(
+    study: str,             # its name on the command line
+    settings: Settings,     # whose folder of results is read
+) -> dict:                  # as `part_name` says -> the tidy history of the newest evaluation that has one
+    "The measurements that kept claims of a study were computed from."
+    found = {part: f / "history.parquet" for part, folders in _evaluations(results_folder(settings)).items()
+             for f in folders if study in {c.study for c in load_claims(f / "claims.json")}}
+    return {part: pd.read_parquet(file) for part, file in found.items() if file.exists()}
+
+
 # %% ../nbs/reproduce.ipynb #27c130bb
 def _registered(folder):
     "What is registered, oldest first."
@@ -465,10 +476,11 @@ def _keep(results, runs, out):
         for name, png in (item for r in results for item in r.figures.items()):
             (draft / "figures" / f"{name}.png").write_bytes(png)
         history = pd.concat([r.history for r in results]).astype({"value": "float32"})
-        order = ["measure", "layer", "split", "condition", "seed", "epoch", "run"]       # like numbers side by side
-        history.sort_values(order).to_parquet(draft / "history.parquet", index=False, compression="zstd",
-                                              compression_level=19, use_dictionary=order,
-                                              use_byte_stream_split=["value"])           # half the size
+        depth = history.groupby("run").layer.transform(lambda s: s.factorize()[0])   # layers stay in their run's order
+        order = ["measure", "layer", "split", "condition", "seed", "epoch", "run"]   # like numbers side by side
+        history = history.assign(depth=depth).sort_values(["measure", "depth", *order[1:]]).drop(columns="depth")
+        history.to_parquet(draft / "history.parquet", index=False, compression="zstd", compression_level=19,
+                           use_dictionary=order, use_byte_stream_split=["value"])    # half the size
         draft.rename(out)
 
 # %% ../nbs/reproduce.ipynb #49c11e84

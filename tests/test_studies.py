@@ -24,6 +24,7 @@ command = import_module("nc_nbdev.reproduce")      # the module; `nc_nbdev.repro
 TINY = dict(epochs=1, train_per_class=20, test_per_class=10, width=4, snapshots=2)
 EPOCHS = [0, 1, 2, 3, 5, 7, 10, 14, 19, 27, 38, 53, 72, 100]
 NAMES = ("pair", "pair, weak decay", "separable classes")
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 # -- study 1 on made histories ---------------------------------------------------------------------------------------
@@ -338,6 +339,17 @@ def test_registered_then_confirmed(tiny_project):
     with pytest.raises(ValueError, match="was registered with the code ffff"): command.confirm("quick", progress=False)
 
 
+@pytest.mark.parametrize("folder", sorted(f.parent for f in RESULTS.glob("*/*/history.parquet")), ids=lambda f: f.name)
+def test_kept_numbers_follow_from_the_kept_measurements(folder):
+    claims, history = load_claims(folder / "claims.json"), pd.read_parquet(folder / "history.parquet")
+    for name in dict.fromkeys(c.study for c in claims):
+        numbers = import_module(f"nc_nbdev.paper.{name}")._numbers
+        for id, (values, control) in numbers(history, *[10] * (name == "random_labels")).items():
+            [claim] = (c for c in claims if c.id == id)
+            assert claim.values == pytest.approx(list(values), rel=1e-5, abs=1e-6, nan_ok=True), id
+            assert claim.control_values == pytest.approx(list(control), rel=1e-5, abs=1e-6, nan_ok=True), id
+
+
 def test_a_confirmed_design_is_kept_once(tiny_project):
     settings = command._settings(first_seed=1000, seeds=2)
     command.register(replace(settings, datasets=("templates-0.3",)), "random_labels")
@@ -347,7 +359,9 @@ def test_a_confirmed_design_is_kept_once(tiny_project):
     made = json.loads((out / "environment.json").read_text())["runs"]
     assert sum(row["number"] for row in made) == len(command.plan(settings, ["random_labels"]))
     assert {row["commit"] for row in made} == {command.environment()["commit"]}
-    assert not pd.read_parquet(out / "history.parquet").empty
+    by_depth = lambda history: history.groupby(["measure", "split", "run"]).layer.agg(lambda s: list(dict.fromkeys(s)))
+    measured = command.load_study("random_labels")(settings).history
+    assert by_depth(pd.read_parquet(out / "history.parquet")).to_dict() == by_depth(measured).to_dict()
     assert len(claims[0].values) == 2
     [shown] = (out / "figures").iterdir()
     assert command.kept_figure(tiny_project / "results", shown.stem) == shown
