@@ -31,7 +31,7 @@ def rows(values, **columns):
 def accuracy(condition, seed, test, reached=T0):
     "Rows of the accuracy, on train images 1 from T0 on."
     common = dict(condition=condition, seed=seed, layer="output", measure="accuracy")
-    splits = {"train": np.where(reached <= EPOCHS, 1.0, 0.6), "test": np.full(len(EPOCHS), test)}
+    splits = {"train": np.where(reached <= EPOCHS, 1.0, 0.6), "test": np.where(EPOCHS > 0, test, min(test, 0.1))}
     return [row for split, values in splits.items() for row in rows(values, split=split, **common)]
 
 
@@ -62,6 +62,11 @@ def of_one(history, condition, seed, value, measure="accuracy", split="test"):
     "One number of a condition and seed, at all epochs."
     rows = {"condition": condition, "seed": seed, "measure": measure, "split": split}
     return history.assign(value=history.value.mask((history[[*rows]] == pd.Series(rows)).all(axis=1), value))
+
+
+def guessing(history):
+    "Networks that memorise and have learned nothing."
+    return history.assign(value=history.value.where((history.measure != "accuracy") | (history.split != "test"), 0.1))
 
 
 def renamed(history, **to):
@@ -107,6 +112,8 @@ def test_random_labels_hold_where_they_should():
     ("4a", "not measured", lambda: labels_world(**{WEAK: dict(reached=200)})),            # no matched control
     ("4a", "not measured", lambda: renamed(labels_world(), **{TRUE: RANDOM})),            # labels never redrawn
     ("4a", "not measured", lambda: labels_world(**{RANDOM: dict(test=0.5)})),             # half of them
+    ("4a", "not measured", lambda: labels_world().assign(value=lambda h: h.value.where(   # it spreads again at T
+        (h.condition != RANDOM) | (h.measure != "train_variance") | (h.epoch < EPOCHS[-1]), 0.7))),
     ("4a", "undecided", lambda: labels_world()[lambda h: h.seed == 0]),
     ("4a", "undecided", lambda: labels_world(spread=3)),                                  # seeds that disagree
     ("4a", "undecided", lambda: labels_world(**{WEAK: dict(train=0.05)})),                # a control at the bar
@@ -185,7 +192,9 @@ SHUFFLED = (3, 6, 0, 5, 2, 4, 1)
     ("8a", "fails", lambda: cascade_world(LAST_ONLY)),                                    # no earlier layer collapses
     ("8a", "fails", lambda: cascade_world(start=ENDS[FULL])),                             # there before training
     ("8a", "fails", lambda: cascade_world(START / 30)),                                   # all layers alike
-    ("8a", "fails", lambda: cascade_world(START * 0.97, START * 0.98)),                   # permuted labels
+    ("8a", "fails", lambda: cascade_world(START * 0.97, START * 0.98)),                   # nothing collapses
+    ("8a", "not measured", lambda: guessing(cascade_world())),                            # permuted labels
+    ("8a", "fails", lambda: cascade_world(np.array([2.5] * 5 + [.005, .002]))),           # one earlier layer collapses
     ("8a", "fails", lambda: cascade_world(ENDS[SLIGHT])),                                 # the control swapped in
     ("8a", "control passes", lambda: cascade_world(slight=ENDS[FULL])),                   # it comes without decay
     ("8a", "not measured", lambda: until(cascade_world(), 8)),                            # before the terminal phase

@@ -22,7 +22,7 @@ from nc_nbdev.vision.recipes import image_base
 EPOCHS = np.array([0, 3, 5, 10, 19, 35, 53, 100])      # the snapshots of `quick`
 SEEDS = range(20)                                      # as at `quick`: the bootstrap of few seeds is wide
 FALLING, FLAT = (.8, .94, .96, .97, .96, .93, .88, .84), (.8, .94, .96, .97, .97, .97, .97, .97)
-HIGH = (.9, .97, .98, .99, .99, .99, .99, .99)
+HIGH = (.2, .97, .98, .99, .99, .99, .99, .99)
 NC1 = {"pairs": .002, "pairs, decay / 2": .01, "pairs, decay / 5": .04, "pairs, weak decay": .1}
 ENDS = {"pairs": .86, "pairs, decay / 2": .91, "pairs, decay / 5": .94, "pairs, weak decay": .97}   # of the fine probe
 
@@ -136,14 +136,18 @@ def shuffled_decays(history, seed=0):
     return history
 
 
-BETTER = {c: [a] * 8 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}      # the coarse task follows NC1 too
+BETTER = {c: [.2] + [a] * 7 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}     # coarse tasks follow NC1
 
 @pytest.mark.parametrize("claim, verdict, broken", [
     ("5a", "fails", lambda: world(falling=FLAT)),
     ("5a", "fails", lambda: world(falling=[.1] * 8, weak=[.1] * 8)),                # fine labels permuted
     ("5a", "fails", lambda: swapped(world())),                                       # the control swapped in
     ("5a", "control passes", lambda: swap_in(world(), "pairs, weak decay", "pairs")),   # it comes without decay
-    ("5a", "control passes", lambda: backwards(world())),                            # all end untrained
+    ("5a", "not measured", lambda: backwards(world())),                              # all end untrained
+    ("5a", "not measured", lambda: world(weak=[.1] * 8)),                            # a control that cannot fall
+    ("5a", "not measured", lambda: world(tests={"pairs": [.2] * 8})),                # coarse labels permuted
+    ("5a", "not measured", lambda: world(tests={"pairs, weak decay": [.2] * 8})),
+    ("5y", "not measured", lambda: world(tests={"pairs": [.2] * 8})),
     ("5a", "fails", lambda: world(falling=HIGH)),                                    # the coarse labels probed
     ("5a", "not measured", lambda: world(reached=200)),                              # no terminal phase
     ("5a", "not measured", lambda: world(reached=40)),                               # one that starts too late
@@ -162,7 +166,9 @@ BETTER = {c: [a] * 8 for c, a in zip(NC1, (.95, .96, .97, .98), strict=True)}   
     ("5y", "fails", lambda: world(left=.52)),                                        # nothing left in the clusters
     ("5y", "control passes", lambda: world(shuffled=.93)),                           # any labels would do
     ("5y", "not measured", lambda: world(reached=200)),
-    ("6a", "fails", lambda: world(nc1=dict.fromkeys(NC1, .01))),                     # no dose
+    ("6a", "not measured", lambda: world(nc1=dict.fromkeys(NC1, .01))),              # no dose
+    ("6a", "not measured", lambda: world(nc1=dict(zip(NC1, (.9, .92, .94, .96), strict=True)))),   # hardly any
+    ("6a", "not measured", lambda: world(tests=dict.fromkeys(NC1, [.2] * 8))),       # coarse labels permuted
     ("6a", "fails", lambda: world(nc1=dict(zip(NC1, (.1, .04, .01, .002), strict=True)))),   # less is worse
     ("6a", "fails", lambda: world(FLAT, ends=dict.fromkeys(ENDS, .97))),             # a probe that knows no decay
     ("6a", "control passes", lambda: world(tests=BETTER)),                           # the coarse task suffers as well
@@ -274,6 +280,12 @@ def renamed_layers(history, order):
     return moved.sort_values("layer", key=lambda c: c.map({n: i for i, n in enumerate(LAYERS)}), kind="stable")
 
 
+def guessing(history, condition):
+    "A condition whose test accuracy stays that of guessing."
+    rows = (history.condition == condition) & (history.measure == "accuracy") & (history.split == "test")
+    return history.assign(value=history.value.where(~rows, 0.2))
+
+
 CHANCE = dict(stem=[.1] * 8, stage1=[.1] * 8, stage2=[.1] * 8)
 
 @pytest.mark.parametrize("verdict, broken", [
@@ -285,7 +297,9 @@ CHANCE = dict(stem=[.1] * 8, stage1=[.1] * 8, stage2=[.1] * 8)
     ("fails", lambda: renamed_layers(depths(), (0, 1, 3, 2))),
     ("fails", lambda: swapped(depths())),                                            # the control swapped in
     ("control passes", lambda: swap_in(depths(), "pairs, weak decay", "pairs")),     # it comes without decay
-    ("fails", lambda: backwards(depths())),
+    ("not measured", lambda: backwards(depths())),                                   # all end untrained
+    ("not measured", lambda: depths(weak=CHANCE | {"pool": [.1] * 8})),              # a control that cannot fall
+    ("not measured", lambda: guessing(depths(), "pairs")),                           # coarse labels permuted
     ("not measured", lambda: depths(reached=200)),
     ("not measured", lambda: depths(reached=40)),
     ("not measured", lambda: unfitted(depths(), "pairs, weak decay")),               # no matched control

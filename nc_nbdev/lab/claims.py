@@ -335,7 +335,7 @@ def compare_scales(
         lost = sum(map(math.isnan, c.values))
         some = f" ({lost} of {len(c.values)} seeds)" * (0 < lost < len(c.values))
         if c.verdict == "not measured": return f"{c.note or c.verdict}{some}"
-        return f"{c.verdict}{f' (today: {now})' if now else ''}: {_with_interval(c.measured)}"
+        return f"{c.verdict}{f' (today: {now})' if now else ''}: {_with_interval(c.measured)}, {len(c.values)} seeds"
     now = lambda scale, i: (today or {}).get(scale, {}).get(i)
     every = {i: c for found in reversed(claims.values()) for i, c in found.items()}
     rows = [dict(id=i, statement=every[i].statement, bar=f"{every[i].direction} {format_number(every[i].bar)}",

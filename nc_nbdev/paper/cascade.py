@@ -14,7 +14,7 @@ from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import curves, fall, final, late_slope, matched, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import all_conditions, by_variant, falling, of_variant, weak_decay
+from .train_vs_test import all_conditions, by_variant, falling, has_learned, of_variant, weak_decay
 
 # %% ../../nbs/paper/40_cascade.ipynb #495ad6f0
 _abstract = "Hui, Belkin, Nakkiran 2022, abstract of 2202.08384 v1"
@@ -57,27 +57,34 @@ def _random_decrements(layers, count=20_000):
     "Falling sequences of a number of layers, their decrements exponential: (layers, count)."
     return -np.random.default_rng(0).exponential(size=(layers, count)).cumsum(axis=0)
 
+# %% ../../nbs/paper/40_cascade.ipynb #ab6e6daa
+def _trend(history, condition, *left_out):
+    "Slope of what training has changed in log10 NC1 of the earlier layers, but for some, over the depth: (seeds,)."
+    changes = (_log_nc1(history, condition) - _log_nc1(history, condition, epoch=0))[:-1]
+    depth = np.linspace(0, 1, len(changes) + 1)[:-1]
+    return np.polyfit(np.delete(depth, left_out), np.delete(changes, left_out, axis=0), 1)[0]
+
 # %% ../../nbs/paper/40_cascade.ipynb #be0badf4
 def _numbers(history):
     "Values and control values of every claim."
     names, full, weak = _layers(history), "full decay", "weak decay"
     start = tpt_start(history, condition=full)           # the window of both conditions
     fitted = start.notna() & tpt_start(history, condition=weak).notna()
-    reached = np.where(fitted, matched(history, full, weak), np.nan)     # else nothing is claimed
+    reached = np.where(fitted, matched(history, full, weak) * has_learned(history, full, weak), np.nan)  # else no claim
     earlier = lambda f, split, c, **more: np.mean(
         [f(history, "nc1_trace", split, n, c, start=start, **more) for n in names[:-1]], axis=0)
-    depth = np.linspace(0, 1, len(names))[:-1]
-    changes = lambda c: (_log_nc1(history, c) - _log_nc1(history, c, epoch=0))[:-1]
-    trend = lambda c: np.polyfit(depth, changes(c), 1)[0]
-    rises = changes(full).max(axis=0) > 0.3, changes(full).mean(axis=0) >= 0     # a layer twofold, or all together
-    at_end = np.polyfit(depth, _log_nc1(history, full)[:-1], 1)[0]
-    falls = np.where(np.any([*rises, at_end >= 0], axis=0), 0.0, 1.0)    # a trend without a fall is none
+    trend, without = _trend(history, full), [_trend(history, full, i) for i in range(len(names) - 1)]
+    end, first = _log_nc1(history, full)[:-1], _log_nc1(history, full, epoch=0)[:-1]
+    rises = (end - first).max(axis=0) > 0.3, (end - first).mean(axis=0) >= 0     # a layer twofold, or all together
+    single = (trend < 0) & (np.max(without, axis=0) > 0.5 * trend)       # one layer makes more than half of it
+    at_end = np.polyfit(np.linspace(0, 1, len(names))[:-1], end, 1)[0]
+    falls = np.where(np.any([*rises, at_end >= 0, single], axis=0), 0.0, 1.0)    # that is no cascade
     slopes = {s: earlier(late_slope, s, full) for s in ("train", "test", "rest", "seen")}
     line = _log_nc1(history, full, "nc1_pinv")           # (layers, seeds)
     straight = np.quantile(_off_line(_random_decrements(len(names))), 0.05)
     orders = [np.random.default_rng(i).permutation(len(names)) for i in range(100)]
     shuffled = np.exp(np.mean([np.log(_off_line(line[o])) for o in orders], axis=0))
-    found = {"8a": (trend(full) * falls, trend(weak)),
+    found = {"8a": (trend * falls, _trend(history, weak)),
              "8b": tuple(earlier(fall, "train", c, log=True) for c in (full, weak)),
              "8c": (slopes["test"] / falling(slopes["train"]), slopes["seen"] / falling(slopes["rest"])),
              "8d": (_off_line(line) / straight, shuffled / straight)}

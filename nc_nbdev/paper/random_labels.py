@@ -16,7 +16,7 @@ from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure
 from ..lab.history import curves, final, matched, tpt_start
 from ..lab.studies import Measured, histories, study
-from .train_vs_test import above_guessing, all_conditions, by_variant, of_variant, weak_decay
+from .train_vs_test import above_guessing, all_conditions, by_variant, of_variant, stays, weak_decay
 from ..vision.recipes import image_base
 
 # %% ../../nbs/paper/10_random_labels.ipynb #4e3583d9
@@ -51,7 +51,8 @@ def _numbers(history, num_classes):
     random_at_all = guesses(guessed) & guesses(weakly) & apart & (above_guessing(taught, num_classes) >= 1)
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
-    found = {"4a": (np.where(random_at_all, train[random], np.nan), train[weak]),
+    stay = stays(curves(history, "train_variance", "train", condition=random), tpt_start(history, condition=random))
+    found = {"4a": (np.where(random_at_all, train[random], np.nan) * stay, train[weak]),
              "4b": (num_classes * guessed, num_classes * taught),
              "4c": (train[weak] / train[random], strong[weak] / strong[random])}
     return {k: (values * reached, control) for k, (values, control) in found.items()}

@@ -6,8 +6,8 @@ Study 1: train collapse happens, weak and strong test collapse do not (Hui, Belk
 
 # %% auto #0
 __all__ = ['CLAIMS', 'SEPARABLE', 'LAST', 'recipe_name', 'recipe_variant', 'variants', 'in_variant', 'all_conditions',
-           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'above_guessing', 'run_train_vs_test',
-           'judged_today']
+           'of_variant', 'by_variant', 'weak_decay', 'asked', 'falling', 'above_guessing', 'has_learned', 'stays',
+           'run_train_vs_test', 'judged_today', 'strong_slope']
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #dd9d4a27
 from dataclasses import replace
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from ..geometry.generalization import weak_lower_bound
 from ..geometry.statistics import ClassStatistics
-from ..lab.claims import Statement
+from ..lab.claims import Statement, seed_interval
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
 from ..lab.history import as_history, curves, final, late_slope, matched, tpt_start, value_at
 from ..lab.runs import TrainingEnded, one_thread, snapshot_epochs, trouble
@@ -183,13 +183,15 @@ def falling(
     return np.where(changes < 0, changes, np.nan)
 
 def _possible(history, condition):
-    "1 where the certified bounds are of T, in the terminal phase, and none is above what K-means found; else NaN."
-    below, above = (curves(history, f"weak_{m}_variance", "test", condition=condition) for m in ("certified", "test"))
+    "1 where the certified bounds are of T, in the terminal phase, and bound <= K-means <= strong always; else NaN."
+    below, spectral, above, strong = (curves(history, f"{m}_variance", "test", condition=condition)
+                                      for m in ("weak_certified", "weak_lower", "weak_test", "strong_test"))
     late = tpt_start(history, condition=condition) <= below.index[-LAST:].min()
-    sound = (below <= 1.000001 * above.reindex(below.index)).all()       # a bound that is not is wrong
+    pairs = (below, above), (spectral, above), (above, strong)           # else a computation is wrong
+    sound = np.all([(low <= 1.000001 * high.reindex(low.index)).all() for low, high in pairs], axis=0)
     return np.where(late & sound & (below.index[-1] == above.index[-1]), 1.0, np.nan)
 
-# %% ../../nbs/paper/00_train_vs_test.ipynb #7d4b1ecc
+# %% ../../nbs/paper/00_train_vs_test.ipynb #dc50a28f
 def above_guessing(
     accuracy: np.ndarray,   # (seeds,)
     num_classes: int,       # K
@@ -197,11 +199,23 @@ def above_guessing(
     "Accuracy above guessing, over a tenth of the way to no errors or, if that is less, over that of guessing."
     return (num_classes * accuracy - 1) / min(0.1 * (num_classes - 1), 1)
 
-def _stays(table, start):
-    "1 where the end is at most a quarter above the least since `start`; NaN for features that spread again."
+def has_learned(
+    history: pd.DataFrame,   # tidy, with the test accuracy
+    *conditions: str,        # that are compared, none when there is only one
+) -> np.ndarray:             # (seeds,): 1, or NaN
+    "1 for seeds with which the test accuracy of each network ends at least 0.05 above that of the untrained one."
+    tables = [curves(history, "accuracy", "test", condition=c) for c in conditions or [None]]
+    return np.where(np.all([final(t) >= t.iloc[0] + 0.05 for t in tables], axis=0), 1.0, np.nan)
+
+def stays(
+    table: pd.DataFrame,   # from `curves`
+    start: pd.Series,      # an epoch a seed, from `tpt_start`
+) -> np.ndarray:           # (seeds,): 1, or NaN
+    "1 where the end is at most a quarter above the least since the start; NaN for features that spread again."
     least = table.where(table.index.to_numpy()[:, None] >= start.reindex(table.columns).to_numpy()).min()
     return np.where(table.iloc[-1] <= 1.25 * least, 1.0, np.nan)
 
+# %% ../../nbs/paper/00_train_vs_test.ipynb #7d4b1ecc
 def _numbers(history, name, num_classes):
     "Values and control values of every claim for one pair of the grid; NaN where there is nothing to claim."
     decay, apart = f"{name}, weak decay", "separable classes"
@@ -214,9 +228,10 @@ def _numbers(history, name, num_classes):
     reached = np.where(starts[name].notna() & learned, 1.0, np.nan)              # else nothing is claimed
     fitted = np.where(starts[decay].notna(), matched(history, name, decay), np.nan)
     matched(history, name, apart)                                                # raises for other seeds
-    found = {"1a": (_stays(curves(history, "train_variance", "train", condition=name), starts[name])
-                    * slope("train_variance", "train"), fitted * slope("train_variance", "train", decay, name)),
-             "1b": (end("train_variance", "train"), fitted * end("train_variance", "train", decay)),
+    stay = stays(curves(history, "train_variance", "train", condition=name), starts[name])
+    found = {"1a": (stay * slope("train_variance", "train"),
+                    fitted * slope("train_variance", "train", decay, name)),
+             "1b": (stay * end("train_variance", "train"), fitted * end("train_variance", "train", decay)),
              "2c": (end("strong_test_variance", "test") / end("train_variance", "train"), seen("strong_test_variance"))}
     strong, above, below = "strong_test_variance", "weak_test_variance", "weak_certified_variance"
     harder = lambda m: np.maximum(end(m, "test", apart), end(m, "seen"))          # of two controls
@@ -291,3 +306,14 @@ def judged_today(
             now = "control passes" if low > c.bar else "undecided" if high >= c.bar else now
         if now != c.verdict: found[c.id] = now
     return found
+
+# %% ../../nbs/paper/00_train_vs_test.ipynb #b78e50e4
+def strong_slope(
+    claims,               # of this study, of one part of a scale
+    variant: str = "",    # as `recipe_variant` says
+) -> tuple | None:        # mean over seeds, lower and upper end of the interval; None where one was not measured
+    "The late slope of the strong test variance: that of the train variance, 1a, times the ratio of the two, 2b."
+    by_id = {c.id: c for c in claims}
+    both = [by_id.get(f"{name}.{variant}".strip(".")) for name in ("1a", "2b")]
+    if None in both or "not measured" in [c.verdict for c in both]: return None
+    return seed_interval(np.prod([c.values for c in both], axis=0))

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import rankdata
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
-from ..lab.history import as_history, curves, fall, final, matched, tpt_start
+from ..lab.history import as_history, curves, fall, final, matched, tpt_start, value_at
 from ..lab.probes import linear_probe, reconstructed_probe
 from ..lab.runs import snapshot_epochs
 from ..lab.studies import Measured, condition_runs, recorded, study
@@ -27,6 +27,7 @@ from nc_nbdev.paper.train_vs_test import (
     all_conditions,
     asked,
     by_variant,
+    has_learned,
     in_variant,
     of_variant,
     variants,
@@ -127,7 +128,8 @@ def _shuffled(run, epochs, device="cpu"):
 
 # %% ../../nbs/paper/20_training_longer.ipynb #62465fa5
 PROBE = "probe_standardised"
-MISSING = "with a seed there is no snapshot in the terminal phase before T, or its training went wrong"
+MISSING = ("with a seed there is no snapshot in the terminal phase before T, nothing was learned, or its control "
+           "begins lower; or its training went wrong")
 _MORE = ("probe_raw", "probe_whitened", "probe_fixed", "few_shot", "residual_kmeans", "reconstructed")
 
 def _jobs(runs, history):
@@ -160,23 +162,28 @@ _MATCHED = {"5a": ("pairs", PROBE), "5c": ("binary", PROBE), "5e": ("animals_veh
 
 def _fall(history, condition, measure):
     "The fall from T0 to T, and that at weak decay over the same epochs, where both networks fit their train set."
-    weak = f"{condition}, weak decay"
-    fitted = tpt_start(history, condition=weak).notna() & (matched(history, condition, weak, measure=measure) == 1)
-    start = first_snapshots(history, condition, curves(history, measure, "test", condition=condition).index)
-    return tuple(fall(history, measure, "test", condition=c, start=start.where(fitted), last=LAST)
-                 for c in (condition, weak))
+    both = condition, f"{condition}, weak decay"
+    tables = [curves(history, measure, "test", condition=c) for c in both]
+    fitted = tpt_start(history, condition=both[1]).notna() & (matched(history, *both, measure=measure) == 1)
+    start = first_snapshots(history, condition, tables[0].index).where(fitted)
+    value, control = (fall(history, measure, "test", condition=c, start=start, last=LAST) for c in both)
+    first, weak_first = (value_at(t, start) for t in tables)
+    able = np.where(weak_first >= first - 0.1, has_learned(history, *both), np.nan)   # a control that could fall, too
+    return value * able, control
 
 def _numbers(history):
     "Values and control values of every claim of which there are runs."
     there, reached = set(history.condition), np.where(tpt_start(history, condition="pairs").isna(), np.nan, 1.0)
     at_end = lambda measure, c, last=LAST: final(curves(history, measure, "test", condition=c), last)
     found = {id: _fall(history, c, measure) for id, (c, measure) in _MATCHED.items() if c in there}
-    found["5y"] = at_end("reconstructed", "pairs") * reached, at_end("reconstructed_shuffled", "pairs")
+    found["5y"] = (at_end("reconstructed", "pairs") * reached * has_learned(history, "pairs"),
+                   at_end("reconstructed_shuffled", "pairs"))
     if not {*_DECAYS} <= there: return found
     fitted = np.all([tpt_start(history, condition=c).notna() for c in _DECAYS], axis=0)
     same = [matched(history, *_DECAYS, measure=m) for m in (PROBE, "nc1_trace")]
-    fitted = np.where(fitted, np.prod(same, axis=0), np.nan)
     nc1 = [final(curves(history, "nc1_trace", "train", condition=c), log=True) for c in _DECAYS]
+    dose = np.max(nc1, axis=0) >= 2 * np.min(nc1, axis=0)            # else all collapsed alike
+    fitted = np.where(fitted & dose, np.prod(same, axis=0) * has_learned(history, *_DECAYS), np.nan)
     over_decays = lambda measure, last: _rank_correlations(nc1, [at_end(measure, c, last) for c in _DECAYS])
     return found | {"6a": (over_decays(PROBE, LAST) * fitted, over_decays("accuracy", 3))}
 

@@ -20,6 +20,7 @@ from nc_nbdev.paper.train_vs_test import (
     all_conditions,
     asked,
     by_variant,
+    has_learned,
     in_variant,
     of_variant,
     variants,
@@ -54,11 +55,13 @@ def _by_depth(history, condition, task):
 def _numbers(history):
     "Values and control values of every claim of which there are runs."
     lead = lambda a: a[:-1].max(axis=0) - a[-1]
-    def gain(condition, task):
-        first, end = _by_depth(history, condition, task)
-        return lead(end) - lead(first)
+    def gains(task):
+        both = task, f"{task}, weak decay"
+        (first, end), (weak_first, weak_end) = (_by_depth(history, c, task) for c in both)
+        able = np.where(weak_first[-1] >= first[-1] - 0.1, has_learned(history, *both), np.nan)
+        return (lead(end) - lead(first)) * able, lead(weak_end) - lead(weak_first)
     there = set(history.condition)
-    return {id: (gain(t, t), gain(f"{t}, weak decay", t)) for id, t in _TASKS.items() if t in there}
+    return {id: gains(t) for id, t in _TASKS.items() if t in there}
 
 # %% ../../nbs/paper/30_which_layer.ipynb #cb44a9ef
 def _figure(history):
