@@ -107,7 +107,7 @@ def two_groups(
     problem: Problem,  # of `peeled`
     k_A: int,          # the first k_A classes are twins, and so are the others
 ) -> TwoGroups:
-    "The minimum from four numbers (derived here). Raises `ValueError` when the classes are not two groups of twins."
+    "The minimum without a bias (derived here). Raises `ValueError` when the classes are not two groups of twins."
     both = torch.tensor([problem.shares, problem.costs], dtype=torch.float64)  # (2, K)
     groups = both[:, :k_A], both[:, k_A:]
     if any(g.shape[1] == 0 or (g != g[:, :1]).any() for g in groups):
