@@ -93,10 +93,11 @@ def loss_solution(
     loss: Callable,    # as in `loss_minimum`
     problem: Problem,  # with a free bias and dim >= K-1
 ) -> FreeFeatures:
-    "A global minimiser: the simplex of the margin of `loss_minimum`, h_i = sqrt(lw / (n lh)) W_{y_i}."
+    "The simplex with the margin of `loss_minimum`: a global minimiser where the lemma reaches (the page says where)."
     K, n, s = problem.num_classes, problem.per_class, loss_minimum(loss, problem).margin
     size = math.sqrt((K - 1) / K * s * math.sqrt(n * problem.lh / problem.lw))  # of a row
     corners = torch.nn.functional.normalize(simplex_etf(K, problem.dim).double(), dim=1)
+    # balanced factors: h_i = sqrt(lw / (n lh)) W_{y_i}
     W, b = size * corners, (_row(loss, s, K)[1] + s / K).item()
     return FreeFeatures.at(problem, math.sqrt(problem.lw / (n * problem.lh)) * W.repeat_interleave(n, 0), W, b=b)
 
