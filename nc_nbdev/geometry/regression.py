@@ -207,7 +207,7 @@ def _head(W, stats):
 def nrc3(
     W: Tensor,                     # (n, D) last layer
     stats: RegressionStatistics,   # with the targets
-) -> float:   # 0 to 4; 0 at collapse
+) -> float:   # 0 to 2; 0 at collapse
     "Distance of W W^T from the root of the targets' covariance minus a multiple of I (2409.04180). Raises ValueError."
     _check_samples(stats)
     A, (values, Q) = _head(W, stats) @ _head(W, stats).T, torch.linalg.eigh(stats.target_covariance)
