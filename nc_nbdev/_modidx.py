@@ -383,6 +383,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'nc_nbdev/lab/features_on_disk.py'),
                                                'nc_nbdev.lab.features_on_disk._header': ( 'lab/features_on_disk.html#_header',
                                                                                           'nc_nbdev/lab/features_on_disk.py'),
+                                               'nc_nbdev.lab.features_on_disk._holds_both': ( 'lab/features_on_disk.html#_holds_both',
+                                                                                              'nc_nbdev/lab/features_on_disk.py'),
                                                'nc_nbdev.lab.features_on_disk._kind': ( 'lab/features_on_disk.html#_kind',
                                                                                         'nc_nbdev/lab/features_on_disk.py'),
                                                'nc_nbdev.lab.features_on_disk._listed': ( 'lab/features_on_disk.html#_listed',

@@ -73,6 +73,28 @@ def test_every_kind_of_file(name, tmp_path):
     for measure, value in direct.items(): assert found[measure] == (value and pytest.approx(value, rel=1e-5)), measure
 
 
+def test_parts_of_a_data_set_are_not_paired(tmp_path):
+    parts = [tmp_path / f"train-{i}.npz" for i in (0, 1)]
+    for path, rows in zip(parts, (slice(100), slice(100, 200)), strict=True): np.savez(path, features=H[rows], labels=y[rows])
+    with pytest.raises(ValueError, match=r"train-0.npz and .*train-1.npz: each holds .* join parts"): measure_files(parts)
+    np.savez(tmp_path / "ids.npz", features=H, ids=np.arange(200))
+    np.savez(tmp_path / "out.npz", logits=H[:, :4], labels=y)
+    files = [tmp_path / "ids.npz", tmp_path / "out.npz"]
+    with pytest.raises(ValueError, match="--labels NAME"): measure_files(files)
+    assert torch.equal(StoredFeatures(files, labels="labels").labels, torch.tensor(y))
+
+
+@pytest.mark.parametrize("arrays, name", [
+    (dict(features=H[:, None], logits=H[:, :4], labels=y), "features"),
+    (dict(features=H, index=np.arange(200), y=y.astype(float)), "y"),
+    (dict(features=H, split_id=y % 2, label=np.array(["cat", "dog", "emu", "fox"])[y]), "label")])
+def test_another_array_is_not_taken_for_the_named_one(arrays, name, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=f"{name!r} is not such an array; it holds"): measure_files(tmp_path / "a.npz")
+    other = {"features": dict(features="logits"), "y": dict(labels="index"), "label": dict(labels="split_id")}[name]
+    assert len(StoredFeatures(tmp_path / "a.npz", **other).labels) == 200
+
+
 def test_two_files_and_a_head(tmp_path):
     for name, array in dict(H=H, y=y, W=W, b=b).items(): np.save(tmp_path / f"{name}.npy", array)
     files = lambda *names: [tmp_path / f"{name}.npy" for name in names]

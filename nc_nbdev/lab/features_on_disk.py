@@ -190,8 +190,12 @@ class StoredFeatures:
             raise ValueError(f"batch_size is {batch_size!r}: expected a whole number of rows, at least 1")
         self.path, self.labels_path = Path(paths[0]), Path(paths[-1])
         self.batch_size, found = batch_size, [open_arrays(path) for path in paths]
-        self.array = _choose(found[0], self.path, features, ("features", "H"), 2, "f", "--features")
-        column = _choose(found[-1], self.labels_path, labels, LABELS, 1, "i", "--labels")
+        self.array = _choose(found[0], self.path, features, *_FEATURES)
+        column = _choose(found[-1], self.labels_path, labels, *_LABELS)
+        if len(paths) == 2 and all(_holds_both(arrays, features, labels) for arrays in found):
+            raise ValueError(f"{self.path} and {self.labels_path}: each holds features and labels; expected one file with "
+                             "both, or features in one and labels in the other: join parts of a data set first, or say "
+                             "with --features NAME or --labels NAME which array is in one file only")
         with _reading(self.labels_path): parts = [_tensor(part) for part in column.rows(2**20)]
         self.labels = torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.int64)
         if not len(self.labels) or self.array.shape[0] != len(self.labels):
@@ -218,13 +222,22 @@ def _listed(arrays):
     seen = [f"{name} {array.shape} {array.kind}" for name, array in arrays.items()]
     return ", ".join(seen[:12]) + f" and {len(seen) - 12} more" * (len(seen) > 12) or "no arrays"
 
+_FEATURES, _LABELS = (("features", "H"), 2, "f", "--features"), (LABELS, 1, "i", "--labels")
+
+def _holds_both(found, features, labels):
+    "Whether a file by itself has features and labels."
+    try: return bool(_choose(found, "", features, *_FEATURES) and _choose(found, "", labels, *_LABELS))
+    except ValueError: return False
+
 def _choose(found, path, name, preferred, ndim, kind, flag):
     "The array that was asked for, or the one that fits."
     what = {2: "features, floating numbers (N, D)", 1: "labels, whole numbers (N,)"}[ndim]
     fits = {n: a for n, a in found.items() if a.kind == kind and len(a.shape) == ndim}
-    chosen = [name] if name else [n for n in preferred if n in fits][:1] or [*fits]
+    known = [n for n in preferred if n in found]
+    chosen = [name] if name else [n for n in known if n in fits][:1] or ([] if known else [*fits])
     if len(chosen) == 1 and chosen[0] in fits: return fits[chosen[0]]
-    wrong = f"{name!r} is {'not such an array' if name in found else 'not there'}; " if name else ""
+    asked = name or "".join(known[:1])
+    wrong = f"{asked!r} is {'not such an array' if asked in found else 'not there'}; " if asked else ""
     raise ValueError(f"{path}: {wrong}it holds {_listed(found)}; expected one array of {what}. {flag} NAME says which")
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #71be20c4
