@@ -75,8 +75,8 @@ def test_every_kind_of_file(name, tmp_path):
 
 def test_parts_of_a_data_set_are_not_paired(tmp_path):
     parts = [tmp_path / f"train-{i}.npz" for i in (0, 1)]
-    for path, rows in zip(parts, (slice(100), slice(100, 200)), strict=True): np.savez(path, features=H[rows], labels=y[rows])
-    with pytest.raises(ValueError, match=r"train-0.npz and .*train-1.npz: each holds .* join parts"): measure_files(parts)
+    for i, path in enumerate(parts): np.savez(path, features=H[i::2], labels=y[i::2])
+    with pytest.raises(ValueError, match="-0.npz and .*-1.npz: each holds .* join parts"): measure_files(parts)
     np.savez(tmp_path / "ids.npz", features=H, ids=np.arange(200))
     np.savez(tmp_path / "out.npz", logits=H[:, :4], labels=y)
     files = [tmp_path / "ids.npz", tmp_path / "out.npz"]

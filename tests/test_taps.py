@@ -1,5 +1,6 @@
 "Layers, classifiers and features by hooks, of any network."
 import copy
+import warnings
 from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
@@ -9,14 +10,19 @@ import torch
 import torchvision
 from small_net import Net, Output, Words, all_by_hand, by_hand, few_digits, hooks, loaders, trained_net
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 from torchvision.models.resnet import BasicBlock
 
+from nc_nbdev.lab.regression import measure_regression
+from nc_nbdev.lab.report import collect, measure
 from nc_nbdev.lab.taps import (
     FeatureTaps,
     evaluating,
     head_name,
     head_of,
     layer_features,
+    loose_rows,
     pool_features,
     tap_layers,
     tapped_batches,
@@ -213,6 +219,91 @@ def test_autocast_outside_changes_nothing(net, data):
     plain = layer_features(net, dl, "pool")[0]["pool"]
     with torch.autocast("cpu", dtype=torch.bfloat16): inside = layer_features(net, dl, "pool")[0]["pool"]
     assert torch.equal(plain, inside)
+
+
+def parametrized(wrap):
+    "A network of three linear layers in training mode, some wrapped, and batches for it."
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(6, 8)), nn.ReLU(), wrap(nn.Linear(8, 8)), nn.ReLU(), wrap(nn.Linear(8, 3)))
+    return model, [(torch.randn(30, 6), torch.arange(30) % 3)]
+
+
+@pytest.mark.parametrize("read", [
+    lambda model, dl: tap_layers(model), lambda model, dl: head_name(model, 3), lambda model, dl: head_of(model),
+    measure, lambda model, dl: measure(model=model, train_dl=dl, num_classes=3, layers="2"),
+    lambda model, dl: collect(model, dl, "2", 3, head="4"), lambda model, dl: layer_features(model, dl, "2"),
+    lambda model, dl: measure_regression(model, [(x, torch.randn(30, 3)) for x, _ in dl])])
+def test_weights_that_change_when_they_are_read_in_training_mode(read):
+    model, dl = parametrized(parametrizations.spectral_norm)
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    read(model, dl)
+    assert [m.training for m in model.modules()] == modes and all(modes)
+    for name, value in model.state_dict().items(): assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm,
+                                  parametrizations.orthogonal])
+def test_parametrized_weights_are_no_layers_of_their_own(wrap):
+    (model, dl), (plain, _) = parametrized(wrap), parametrized(lambda layer: layer)
+    assert tap_layers(model) == tap_layers(plain) == ("0", "2", "4:input") and head_name(model) == "4"
+    assert torch.equal(head_of(model)[0], model.eval()[4].weight) and loose_rows(model) == []
+    report = measure(model, dl)
+    assert report.layers == ("0", "2", "4:input") and report.notes == ()
+    for i in (0, 2, 4): plain[i].weight.data, plain[i].bias.data = model[i].weight.detach(), model[i].bias.detach()
+    assert measure(plain, dl).frame.equals(report.frame)
+
+
+class Merged(nn.Linear):
+    "An adapter that adds itself to the weights for evaluation, and counts how often."
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.A, self.merged, self.times = nn.Parameter(torch.randn(outputs, inputs)), False, 0
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.A.data
+            self.merged, self.times = not mode, self.times + 1
+        return super().train(mode)
+    def forward(self, x): return nn.functional.linear(x, self.weight + (0 if self.merged else self.A), self.bias)
+
+
+def test_the_classifier_is_that_of_evaluation():
+    model, dl = parametrized(lambda layer: layer)
+    model[4] = Merged(8, 3)
+    W = (model[4].weight + model[4].A).detach()
+    assert torch.equal(head_of(model)[0], W) and not model[4].merged
+    before = model[4].times
+    report = measure(model, dl, dl)
+    assert model[4].times == before + 2                          # to evaluation and back
+    assert report.frame.equals(measure(model.eval(), dl, dl).frame)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own():
+    "One that compares directions is found to do so; one that takes other inputs has the weights that it has."
+    class Cosine(nn.Linear):
+        def forward(self, x): return 10 * nn.functional.linear(*map(nn.functional.normalize, (x, self.weight)))
+    class Margin(nn.Linear):
+        def forward(self, x, y): return super().forward(x) - y
+    W, b = head_of(nn.Sequential(Cosine(8, 3)))
+    assert torch.allclose(W.norm(dim=1), torch.ones(3)) and torch.equal(b, torch.zeros(3))
+    W, b = head_of(margin := nn.Sequential(Margin(8, 3)))
+    assert torch.equal(W, margin[0].weight) and torch.equal(b, margin[0].bias)
+
+
+def test_generators_of_samplers_and_what_they_leave_out():
+    samples = TensorDataset(torch.randn(30, 6), torch.arange(30) % 3)
+    model, generator = parametrized(lambda layer: layer)[0], torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    def loader(drop_last=False, **options):
+        sampler = RandomSampler(samples, generator=generator, **options)
+        return DataLoader(samples, batch_sampler=BatchSampler(sampler, 20, drop_last))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(model, loader(), loader())
+    assert torch.equal(generator.get_state(), state)
+    with pytest.warns(UserWarning, match="drop_last=True leaves"): measure(model, loader(drop_last=True))
+    with pytest.warns(UserWarning, match="replacement=True of"): layer_features(model, loader(replacement=True), "0")
+    weighted = DataLoader(samples, 10, sampler=WeightedRandomSampler(torch.ones(30), 60))
+    with pytest.warns(UserWarning, match="replacement=True of"): measure(model, weighted, absent="leave out")
 
 
 def test_loaders_that_cannot_be_measured(net, data):
@@ -566,6 +657,12 @@ class Axes(nn.Module):
     def forward(self, x): return self.body(x).permute(self.axes)
 
 
+class Joined(nn.Module):
+    "Modules side by side, what they give one after another."
+    def __init__(self, *modules): super().__init__(); self.parts = nn.ModuleList(modules)
+    def forward(self, x): return torch.cat([part(x) for part in self.parts], 1)
+
+
 @pytest.mark.parametrize("module, shape, axes, sure", [
     (nn.Conv1d(3, 6, 3), (3, 20), 2, True),
     (nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(2)), (3, 20), 2, True),
@@ -587,6 +684,11 @@ class Axes(nn.Module):
     (nn.Linear(3, 5), (7, 8, 3), (1, 2), True),
     (Axes(nn.Linear(3, 5), axes=(0, 3, 1, 2)), (7, 8, 3), (2, 3), True),               # as in ConvNeXt
     (nn.Linear(3, 7), (7, 7, 3), (2, 3), False),
+    (Axes(nn.Conv2d(3, 9, 3), axes=(0, 2, 3, 1)), (3, 8, 8), (1, 2), True),            # channels last, without a norm
+    (Axes(nn.Conv2d(3, 9, 3), axes=(0, 2, 3, 1)), (3, 7, 8), (1, 2), True),
+    (Axes(nn.Conv2d(3, 5, 3), axes=(0, 2, 3, 1)), (3, 9, 8), (2, 3), False),           # or 7 channels of several layers
+    (Joined(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 6, 3)), (3, 8, 8), (2, 3), True),
+    (Joined(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 6, 3)), (3, 7, 8), (2, 3), False),
 ])
 def test_channels_are_where_the_last_layer_put_them(module, shape, axes, sure):
     torch.manual_seed(0)

@@ -193,9 +193,9 @@ class StoredFeatures:
         self.array = _choose(found[0], self.path, features, *_FEATURES)
         column = _choose(found[-1], self.labels_path, labels, *_LABELS)
         if len(paths) == 2 and all(_holds_both(arrays, features, labels) for arrays in found):
-            raise ValueError(f"{self.path} and {self.labels_path}: each holds features and labels; expected one file with "
-                             "both, or features in one and labels in the other: join parts of a data set first, or say "
-                             "with --features NAME or --labels NAME which array is in one file only")
+            raise ValueError(f"{self.path} and {self.labels_path}: each holds features and labels; expected one file "
+                             "with both, or features in one and labels in the other: join parts of a data set first, "
+                             "or say with --features NAME or --labels NAME which array is in one file only")
         with _reading(self.labels_path): parts = [_tensor(part) for part in column.rows(2**20)]
         self.labels = torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.int64)
         if not len(self.labels) or self.array.shape[0] != len(self.labels):

@@ -429,7 +429,7 @@ def _find_head(model, head, num_classes):
     W, b = head_of(model, name)
     if len(W) != (num_classes or len(W)):
         return None, (), num_classes, without(f"layer {name} has {len(W)} outputs, there are {num_classes} classes")
-    others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == len(W)]
+    others = [n for n, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and m.out_features == len(W)]
     return (W, b), (*(n for n in others if n != name), name) if head == "auto" else (name,), len(W), None
 
 def _chosen(model, head, num_classes):
