@@ -610,6 +610,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nc_nbdev.lab.report._missing': ('lab/report.html#_missing', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._module': ('lab/report.html#_module', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._of_head': ('lab/report.html#_of_head', 'nc_nbdev/lab/report.py'),
+                                     'nc_nbdev.lab.report._otherwise': ('lab/report.html#_otherwise', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._places': ('lab/report.html#_places', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._references': ('lab/report.html#_references', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._same': ('lab/report.html#_same', 'nc_nbdev/lab/report.py'),

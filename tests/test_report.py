@@ -281,8 +281,11 @@ def test_several_classifiers_are_named(data):
         found, named = (measure(model, dl, layers="body", output=output, **head) for head in ({}, {"head": name}))
         pd.testing.assert_frame_equal(found.frame, named.frame)
         assert found.notes == ()
+        assert named.notes == ()
     chosen = measure(model, dl, layers="body", head="first")
-    assert chosen.notes == () and chosen.measures["train"]["body"].nc3_duality is not None
+    note, = chosen.notes                                                        # the accuracy is of the other
+    assert note.startswith("head: the network decides otherwise") and "output=" in note
+    assert chosen.measures["train"]["body"].nc3_duality is not None
 
 
 def test_classifiers_whose_mean_is_the_output(data):
@@ -291,8 +294,60 @@ def test_classifiers_whose_mean_is_the_output(data):
             super().__init__()
             self.first, self.second = nn.Linear(64, 10), nn.Linear(64, 10)
         def forward(self, x): return self.first(x.flatten(1)) / 2 + self.second(x.flatten(1)) / 2
-    note, = measure(Mean(), loaders(data)[0], layers="first:input").notes
-    assert note.startswith("head guessed: second") and "first" in note
+    note, other = measure(Mean(), loaders(data)[0], layers="first:input").notes
+    assert note.startswith("head guessed: second") and "first" in note and "decides otherwise" in other
+
+
+class LastToken(Words):
+    "The classifier runs at every token, and the output is that of the last."
+    def forward(self, input_ids): return super().forward(input_ids)["logits"][:, -1]
+
+
+class Hard(nn.Linear):
+    "A linear layer that computes something else."
+    def forward(self, x): return -torch.cdist(x, self.weight)
+
+
+AFTER = {
+    "a norm": lambda: (nn.Linear(64, 10), nn.BatchNorm1d(10)),
+    "positions": lambda: (nn.Unflatten(1, (16, 2, 2)), nn.Conv2d(16, 10, 1, bias=False), nn.Threshold(0.3, 0),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "a forward of its own": lambda: (Hard(64, 10),)}
+
+
+@pytest.mark.parametrize("kind", AFTER)
+def test_a_classifier_that_is_not_what_the_network_computes(kind, data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), *AFTER[kind]()).eval()
+    if kind == "a norm": model[-1].running_mean[:5] = 3
+    clean, test = loaders(data)
+    note, = (report := measure(model, clean, test)).notes
+    H, _ = layer_features(model, clean, layer := report.layers[-1])
+    W, b = head_of(model)
+    with torch.no_grad(): out = torch.cat([model(x) for x, _ in clean])
+    share = ((H[layer] @ W.T + b).argmax(1) != out.argmax(1)).double().mean().item()
+    assert share > 0.05 and note.startswith("head: the network decides otherwise than W h + b for ")
+    assert float(note.partition("for ")[2].partition(" %")[0]) == pytest.approx(100 * share, abs=8)
+    assert measure(model, clean, head=None, num_classes=10).notes[0].startswith("No NC3")
+    assert measure(model, clean, keep="none").notes == ()             # without features nothing is compared
+
+
+def test_features_that_the_classifier_does_not_read():
+    torch.manual_seed(0)
+    model, batches = LastToken(), [(torch.randint(0, 7, (200, 5)), torch.arange(200) % 7)]
+    note, = measure(model, batches, layers="head:input").notes
+    assert "decides otherwise" in note
+    last = measure(model, batches, layers="head:input", pool=lambda t: t[:, -1])
+    assert last.notes == () and last.measures["train"]["head:input"].nc4_disagreement is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("last", [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1), nn.Threshold(-1e3, 0)])
+def test_what_changes_no_decision_is_not_said(last, dtype, data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10), last).to(dtype)
+    clean, test = loaders(data)
+    assert measure(model, clean, test).notes == ()
 
 
 def test_pool_by_layer(net, data):

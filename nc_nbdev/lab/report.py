@@ -25,8 +25,10 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..geometry.duality import as_bias
 from ..geometry.etf import as_whole
 from ..geometry.generalization import TestCollapse, test_collapse, test_collapse_from_statistics
+from ..geometry.means import as_rows
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.nearest_centre import classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
@@ -251,6 +253,7 @@ def compare_splits(
         if base is not split and (new := len(split.labels) - len(split.labels[_known(split, base)])):
             notes.append(f"{name} set: {new} samples are of classes that the {references[name]} set lacks; NC4, "
                          "nearest-centre accuracy, test and strong variance leave them out.")
+    if head is not None: notes += _otherwise(train, head)
     for name, layer in ((n, la) for n in references for la in train.statistics):
         try: collapse[name][layer] = _compare(splits[references[name]], tests[name], layer)
         except ValueError as e: notes.append(f"{name} set, layer {layer}: no test collapse, {e}")
@@ -293,6 +296,21 @@ def _references(tests, references):
         raise ValueError(f"test splits {sorted(tests)}, references {dict(references)}: expected names of test splits "
                          "other than 'train', and references that have no reference themselves")
     return {name: references.get(name, "train") for name in tests if name not in references.values()}
+
+# %% ../../nbs/lab/25_report.ipynb #5e02f9c6
+def _otherwise(train, head):
+    "A sentence where the network decides otherwise than W h + b for more than 1 % of some train samples; else none."
+    layer = next((layer for layer in train.head_layers if layer in train.features), None)
+    if layer is None or train.predictions is None: return []
+    some, W = slice(None, None, -(-len(train.labels) // 1000)), as_rows(head[0], "W", torch.device("cpu"))
+    H, seen, b = train.features[layer][some].cpu(), train.predictions[some].cpu(), as_bias(head[1], W)
+    score = lambda c: (H.double() * W[c]).sum(1) + b[c]                  # (N,) of a class for each sample
+    best, found = score(classifier_decision(H, W, b)), score(seen)
+    rounding = 0.02 * (1 + best.abs() + found.abs())                     # of half precision, and after a log-softmax
+    share = (best - found > rounding).double().mean().item()
+    if share <= 0.01: return []
+    return [f"head: the network decides otherwise than W h + b for {100 * share:.0f} % of the train samples; NC3 and "
+            "NC4 are of W, b and these features: give pool=, output=, head=(W, b) or head=None."]
 
 # %% ../../nbs/lab/25_report.ipynb #1c2bf15e
 _variances = {"train": "train_variance", "weak": "weak_test_variance", "weak_lower": "weak_lower_variance",
