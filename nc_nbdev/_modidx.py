@@ -806,6 +806,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nc_nbdev.lab.taps._label_place': ('lab/taps.html#_label_place', 'nc_nbdev/lab/taps.py'),
                                    'nc_nbdev.lab.taps._matrices': ('lab/taps.html#_matrices', 'nc_nbdev/lab/taps.py'),
                                    'nc_nbdev.lab.taps._may_be_head': ('lab/taps.html#_may_be_head', 'nc_nbdev/lab/taps.py'),
+                                   'nc_nbdev.lab.taps._mean_of_seen': ('lab/taps.html#_mean_of_seen', 'nc_nbdev/lab/taps.py'),
                                    'nc_nbdev.lab.taps._named': ('lab/taps.html#_named', 'nc_nbdev/lab/taps.py'),
                                    'nc_nbdev.lab.taps._owner': ('lab/taps.html#_owner', 'nc_nbdev/lab/taps.py'),
                                    'nc_nbdev.lab.taps._pair': ('lab/taps.html#_pair', 'nc_nbdev/lab/taps.py'),

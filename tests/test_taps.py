@@ -459,6 +459,41 @@ def sentences():
     return torch.randint(0, 7, (6, 9)), torch.arange(9) < torch.tensor([9, 4, 8, 9, 5, 7])[:, None]
 
 
+@pytest.mark.parametrize("batch_size, length", [(1, 9), (2, 9), (6, 9), (6, 40)])
+def test_texts_are_averaged_over_their_own_tokens(batch_size, length):
+    "Whatever the other texts of a batch, and however far all are filled up."
+    ids, mask = sentences()
+    model, layers, y = Words().eval(), ("blocks.0", "head:input"), torch.arange(6) % 2
+    own = [dict(input_ids=ids[i][mask[i]][None], labels=y[i:i + 1]) for i in range(6)]
+    alone, _ = layer_features(model, own, layers)
+    ids, mask = (nn.functional.pad(t, (0, length - 9)) for t in (ids, mask.long()))
+    parts = zip(ids.split(batch_size), mask.split(batch_size), y.split(batch_size), strict=True)
+    dl = [dict(input_ids=a, attention_mask=b, labels=c) for a, b, c in parts]
+    found, labels = layer_features(model, dl, layers)
+    assert torch.equal(labels, y)
+    for layer in layers: assert torch.allclose(found[layer], alone[layer], atol=1e-6)
+    first, one = (layer_features(model, texts, layers, lambda t: t[:, 0])[0] for texts in (dl, own))
+    for layer in layers: assert torch.allclose(first[layer], one[layer], atol=1e-6)            # a function sees it all
+
+
+def test_a_mask_without_zeros_changes_nothing_and_one_without_ones_is_an_error():
+    ids, _ = sentences()
+    model, y, ones = Words().eval(), torch.arange(6), torch.ones_like(ids)
+    plain = layer_features(model, [dict(input_ids=ids, labels=y)], "blocks.1")[0]["blocks.1"]
+    seen = layer_features(model, [dict(input_ids=ids, attention_mask=ones, labels=y)], "blocks.1")[0]["blocks.1"]
+    assert torch.equal(plain, seen)
+    ones[3] = 0
+    batch = dict(input_ids=ids, attention_mask=ones, labels=y)
+    with pytest.raises(ValueError, match="sample 3 of a batch: its att"): layer_features(model, [batch], "blocks.1")
+    batch["labels"] = torch.where(y == 3, -100, y)
+    some = layer_features(model, [batch], "blocks.1")[0]["blocks.1"]
+    assert torch.allclose(some, plain[y != 3], atol=1e-6)
+    with FeatureTaps(model, "embed") as taps:                                     # of others, positions are not tokens
+        taps.mask = torch.eye(6)
+        model(ids)
+    assert torch.equal(taps["embed"], model.embed(ids).mean(1).detach())
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_tokens_against_a_loop(shift):
     ids, mask = sentences()

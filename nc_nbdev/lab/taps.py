@@ -279,6 +279,7 @@ def pool_features(
     pool: str | Callable[[Tensor], Tensor] = "avg",    # of positions; or "flatten", or a function to (B, D)
     rows: Tensor | None = None,                        # bool (B,) samples to keep, or (B, T): tokens, not pooled
     channels: int | None = None,                       # their axis for "avg": 1 or -1, default -1 of three
+    mask: Tensor | None = None,                        # (B, T): "avg" of (B, T, D) takes positions that are not 0
 ) -> Tensor:                                           # (B, D) or (kept, D), detached, in memory of its own
     "Features as vectors. Raises `ValueError` for an activation or a result that has no batch of vectors."
     t = activation.detach().as_subclass(Tensor)
@@ -292,6 +293,7 @@ def pool_features(
     elif callable(pool): vectors = pool(t)
     elif pool == "flatten": vectors = t.flatten(1)
     elif (channels or (-1 if t.ndim == 3 else 1)) == 1: vectors = t.flatten(2).mean(2)
+    elif mask is not None and t.ndim == 3 and t.shape[:2] == mask.shape: vectors = _mean_of_seen(t, mask != 0, rows)
     else: vectors = t.flatten(1, -2).mean(1)
     if not isinstance(vectors, Tensor): raise ValueError(f"pool gave {type(vectors).__name__}, expected Tensor (B, D)")
     expected = t.shape[:1] if rows is None else rows.shape
@@ -310,6 +312,17 @@ def _unlike(t, rows):
 
 _argmax = ("for one-hot or soft labels give batch=lambda b: (b[0], b[1].argmax(-1)), for a column of labels "
            "b[1].squeeze(1)")
+
+# %% ../../nbs/lab/20_taps.ipynb #d1f20b63
+def _mean_of_seen(t, seen, rows):
+    "Mean (B, D) over the positions of (B, T, D) that are seen. Raises `ValueError` for a sample (of `rows`) with none."
+    if seen.all(): return t.mean(1)
+    empty = ~seen.any(1) if rows is None else ~seen.any(1) & rows
+    if empty.any():
+        raise ValueError(f"sample {empty.nonzero()[0].item()} of a batch: its attention_mask is 0 at all "
+                         f"{seen.shape[1]} positions, expected one position at least; leave the sample out, by the "
+                         "label -100 (ignore_index)")
+    return t.where(seen[..., None], 0).sum(1) / seen.sum(1, keepdim=True)
 
 # %% ../../nbs/lab/20_taps.ipynb #8e2b5a17
 _CONVOLVES = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
@@ -376,7 +389,8 @@ class FeatureTaps:
         layers: str | Sequence[str],                      # names in `model.named_modules()`, or "name:input"
         pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `pool_features`; {layer or "default": it}
     ):
-        self.model, self.layers, self.rows = unwrap(model), check_layers(model, layers), None   # rows of the next pass
+        self.model, self.layers = unwrap(model), check_layers(model, layers)
+        self.rows = self.mask = None                            # of the next pass, as in `pool_features`
         pools = pool if isinstance(pool, Mapping) else {"default": pool}
         self.pools = {layer: pools.get(layer, pools.get("default", "avg")) for layer in self.layers}
         if unknown := {*pools} - {"default", *self.layers}:
@@ -408,7 +422,7 @@ def _attach(self: FeatureTaps, layer):
         averaged = pool == "avg" and (self.rows is None or self.rows.ndim == 1)
         if averaged: _check_time(t, layer, module)
         if averaged and not sure: self.doubts[layer] = _doubt(t, layer, channels)
-        self._found[layer] = pool_features(t, pool, self.rows, channels)
+        self._found[layer] = pool_features(t, pool, self.rows, channels, self.mask)
     module = self.model.get_submodule(layer.removesuffix(":input"))
     if not layer.endswith(":input"): return module.register_forward_hook(lambda module, args, output: keep(output))
     take = lambda module, args, kwargs: keep([*args, *kwargs.values()])
@@ -528,7 +542,9 @@ def tapped_batches(
                 inputs, named, y = _placed(split_batch(item, model, batch), weight)
                 y = as_tensor(y, "labels").to(weight.device)
                 if "uint" in str(y.dtype): y = y.long()           # PyTorch compares few of these
-                y, seen = _targets(y, named.get("attention_mask"), next_token)
+                mask = named.get("attention_mask")
+                y, seen = _targets(y, mask, next_token)
+                taps.mask = mask if y.ndim == 1 and getattr(mask, "ndim", 0) == 2 else None
                 taps.rows = seen & (y.long() != ignore_index)
                 some = some or bool(taps.rows.any())
                 out = _pick(_run(model, inputs, named, weight), output)
