@@ -614,6 +614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nc_nbdev.lab.report._places': ('lab/report.html#_places', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._references': ('lab/report.html#_references', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._same': ('lab/report.html#_same', 'nc_nbdev/lab/report.py'),
+                                     'nc_nbdev.lab.report._that_run': ('lab/report.html#_that_run', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._tied': ('lab/report.html#_tied', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._to_html': ('lab/report.html#_to_html', 'nc_nbdev/lab/report.py'),
                                      'nc_nbdev.lab.report._unread': ('lab/report.html#_unread', 'nc_nbdev/lab/report.py'),

@@ -341,6 +341,66 @@ def test_features_that_the_classifier_does_not_read():
     assert last.notes == () and last.measures["train"]["head:input"].nc4_disagreement is not None
 
 
+class Repeats(nn.Module):
+    "A block that runs more than once, one that never runs, and a classifier that may run twice."
+    def __init__(self, heads=1):
+        super().__init__()
+        block = lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        self.stem, self.shared, self.unused, self.last = nn.Linear(64, 64), block(), block(), block()
+        self.head, self.heads = nn.Linear(64, 10), heads
+    def forward(self, x):
+        x = self.stem(x.flatten(1))
+        for _ in range(3): x = self.shared(x)
+        for _ in range(self.heads): out = self.head(self.last(x))
+        return out
+
+
+def test_proposed_layers_that_do_not_run_once_are_left_out(data):
+    torch.manual_seed(0)
+    clean, test = loaders(data, 64)
+    model, layers = Repeats(), ("stem", "shared", "unused", "head:input")
+    assert tap_layers(model) == layers
+    for options in ({}, {"keep": "all"}, {"references": {"test": "more"}}):
+        report = measure(model, clean, {"test": test, "more": test}, **options)
+        given = measure(model, clean, {"test": test, "more": test}, layers=("stem", "head:input"), **options)
+        assert report.layers == ("stem", "head:input") and report.frame.equals(given.frame) and given.notes == ()
+        assert [note.partition(" in the")[0] for note in report.notes] == [
+            "Left out: layer 'shared' ran 3 times", "Left out: layer 'unused' ran 0 times"]
+    with pytest.raises(ValueError, match="'shared' ran 3 times"): measure(model, clean, layers=layers)
+    with pytest.raises(ValueError, match="'head:input' ran 2 times"): measure(Repeats(heads=2), clean)
+
+
+def test_parts_that_take_no_hooks(data):
+    "A part of torch.jit, and one that torch.compile has compiled before."
+    clean, _ = loaders(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                # torch.jit.script is deprecated
+        body = torch.jit.script(nn.Sequential(nn.Linear(64, 16), nn.ReLU()))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), body, nn.Linear(16, 10))
+    assert tap_layers(model) == ("1", "3:input") == measure(model, clean).layers
+    part = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)])
+    model = nn.Sequential(nn.Flatten(), torch.compile(part, backend="eager"), nn.Linear(64, 10)).eval()
+    with torch.no_grad(): model(data.x)
+    report = measure(model, clean)
+    assert report.layers[-1] == "2:input" and report.measures["train"]["2:input"].nc3_duality is not None
+
+
+def test_rows_and_a_bias_of_the_network_itself(data):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+            self.scale, self.W, self.b = (nn.Parameter(torch.randn(s)) for s in ((10,), (10, 16), (10,)))
+        def forward(self, x): return nn.functional.linear(self.body(x), self.W, self.b)
+    torch.manual_seed(0)
+    model, (clean, test) = Own(), loaders(data)
+    report = measure(model, clean, test)
+    given = measure(model, clean, test, layers="body", head=(model.W.detach(), model.b.detach()))
+    assert report.notes == ("head guessed: the output is that of body by the rows of W.",)
+    found, direct = (r.measures["test"]["body"].to_dict() for r in (report, given))
+    close(found, direct)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("last", [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1), nn.Threshold(-1e3, 0)])
 def test_what_changes_no_decision_is_not_said(last, dtype, data):

@@ -83,7 +83,7 @@ class Collected:
     heads: tuple[str, ...] = ()              # those of several classifiers that give the output, else all
     classes: Tensor | None = None            # those with samples, where the statistics are of these only
     num_classes: int | None = None           # K, where the statistics are of fewer
-    doubts: tuple[str, ...] = ()             # activations of which it is not sure where the channels are
+    doubts: tuple[str, ...] = ()             # on layers: channels that may be elsewhere, those left out
 
     @property
     def accuracy(self) -> float | None:
@@ -130,14 +130,16 @@ def collect(
     absent: str | None = None,                               # as in `measure`
     classes: Tensor | None = None,                           # those of the reference, where they are not all
     run: Callable[..., Iterator] = tapped_batches,           # how the network is run over the batches
+    optional: Sequence[str] = (),                            # layers left out unless they run once in the first batch
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
     layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
     tapped = tuple(dict.fromkeys((*layers, *(f"{h}:input" for h in heads), *(heads[1:] and heads))))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
-    stats, features, nearest, labels, predictions, same, seen, doubts = {}, {}, {}, [], [], layers, None, {}
+    stats, features, nearest, labels, predictions, same, seen = {}, {}, {}, [], [], None, None
     with closing(run(model, dl, tapped, pool, **(reading or {}))) as batches:
         for taps, out, y in batches:
+            if not labels: layers, doubts = _that_run(taps, layers, optional)
             fits = out.shape == (*taps.rows.shape, num_classes)
             if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
             fewer = absent == "leave out" or absent is None and taps.rows.ndim > 1
@@ -153,7 +155,7 @@ def collect(
             labels.append(y)
             predictions.append(out.argmax(-1)[taps.rows] if fits else None)
             known = f"{heads[-1]}:input" if heads else None
-            same = [layer for layer in same if known in taps and _same(taps[layer], taps[known])]
+            same = [la for la in (layers if same is None else same) if known in taps and _same(taps[la], taps[known])]
     labels, predictions = torch.cat(labels), _joined(predictions)
     features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
     if classes is not None: nearest = {layer: classes[numbers] for layer, numbers in nearest.items()}
@@ -170,6 +172,14 @@ def collect(
                      tuple(filter(None, doubts.values())))
 
 # %% ../../nbs/lab/25_report.ipynb #5c1d7e05
+def _that_run(taps, layers, optional):
+    "The layers, without the optional ones that do not run once, and a sentence on each of these."
+    gone = {}
+    for layer in (layer for layer in layers if layer in optional):
+        try: taps[layer]
+        except ValueError as e: gone[layer] = f"Left out: {e}."
+    return tuple(layer for layer in layers if layer not in gone), gone
+
 def _joined(predictions):
     "Those of all batches, None where the output is not (B, K) in any."
     missing = [i for i, part in enumerate(predictions) if part is None]
@@ -546,7 +556,8 @@ def measure(
     reading = dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index)
     tied, train_dl = _tied(model, train_dl, head, reading)
     chosen = None if tied or layers else _chosen(model, head, num_classes)
-    layers = check_layers(model, layers or tap_layers(model, tied and tied.layer, chosen))
+    proposed = () if layers else tap_layers(model, tied and tied.layer, chosen)
+    layers = check_layers(model, layers or proposed)
     if tied: Wb, heads, num_classes, note = (tied.W, tied.b), (), num_classes or len(tied.W), tied.note
     else: Wb, heads, num_classes, note = _find_head(model, head, num_classes)
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
@@ -555,7 +566,7 @@ def measure(
     if tied: given = tuple({tied.layer} & {*layers})
     run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
                   keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading,
-                  run=_OnePass(train_dl, tests.values()))
+                  run=_OnePass(train_dl, tests.values()), optional=proposed[:-1])
     try:
         if num_classes == 1: raise ValueError(_one_output)
         passes = {"train": run(train_dl, class_counts=class_counts)}
@@ -564,6 +575,7 @@ def measure(
         found = measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
         unused = ", ".join(name for name, value in for_classes.items() if value is not None)
         return replace(found, notes=(*found.notes, *[f"Not used for numbers to predict: {unused}."] * bool(unused)))
+    run = partial(run, layers=[*passes["train"].statistics], optional=())
     passes |= {n: run(tests[n]) for n in tests if n not in bases}
     for n, base in bases.items():
         passes[n] = run(tests[n], reference=passes[base].statistics, classes=passes[base].classes)

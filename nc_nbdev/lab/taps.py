@@ -230,6 +230,7 @@ def _parts(name, module, head=""):
     "Names and modules with weights inside `module`, up to the head; of a list and of what holds the head, those in it."
     for key, child in module.named_children():
         if key == "parametrizations": continue                # they make the weights of `module`
+        if isinstance(child, torch.jit.ScriptModule): continue    # it takes no hooks
         inside = f"{name}.{key}" if name else key
         holds_head = f"{head}.".startswith(f"{inside}.")
         a_list = type(child).forward is nn.Module.forward     # it is never called
@@ -602,7 +603,7 @@ class OutputRows:
     layer: str     # the features are its output
     name: str      # of the parameter
     W: Tensor      # (K, D)
-    b: Tensor      # (K,) zeros
+    b: Tensor      # (K,), zeros without a bias
 
     @property
     def note(self) -> str:
@@ -627,10 +628,12 @@ def output_rows(
     finally:
         for handle in handles: handle.remove()
     fits = [(n, W.detach()) for n, W in loose_rows(model) if len(W) == out.shape[-1]]
+    biases = [p.detach() for p in model.parameters(recurse=False) if p.shape == out.shape[-1:]]
     for layer, x in reversed(ran):
         for name, W in fits:
-            fit = x.is_floating_point() and x.shape[-1] == W.shape[1]
-            if fit and (found := _explains(out, x, W, W.new_zeros(len(W)))): return OutputRows(layer, name, *found)
+            if not x.is_floating_point() or x.shape[-1] != W.shape[1]: continue
+            for b in (W.new_zeros(len(W)), *biases):
+                if found := _explains(out, x, W, b): return OutputRows(layer, name, *found)
     return None
 
 # %% ../../nbs/lab/20_taps.ipynb #d69c3e82
