@@ -1,5 +1,7 @@
 """Class statistics and the NC1 measures against slow float64 computations: random inputs, processes, bad input."""
 
+import copy
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -497,6 +499,19 @@ def work(rank, folder):
         except ValueError as error: assert "num_classes=3 and num_classes=4" in str(error)
         else: raise AssertionError("processes with different K must not merge")
     finally: dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_of_features_of_unequal_classes_says_what_it_keeps(again):
+    "The scatter of all samples, or the one that was asked for; the error says how to ask."
+    H, y = torch.randn(60, 5), torch.cat([torch.arange(3), torch.zeros(57)]).long()
+    whole = ClassStatistics.from_features(H, y, num_classes=3)
+    one = ClassStatistics.from_features(H, y, num_classes=3, weighting="class")
+    assert torch.allclose(again(whole).within_covariance("sample"), whole.within_covariance("sample"))
+    with pytest.raises(ValueError, match="copied, pickled or updated, unless made with weighting='class'"):
+        again(whole).within_covariance("class")
+    assert torch.allclose(again(one).within_covariance("class"), whole.within_covariance("class"))
+    assert torch.allclose((whole + whole).within_covariance("class"), whole.within_covariance("class"))
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")

@@ -513,8 +513,10 @@ def _weighted_scatter(self: ClassStatistics, weights, name) -> Tensor:  # (D, D)
     scale = (weights / self._kept_weights())[self.counts > 0]  # what is missing for each class
     if torch.allclose(scale, scale[:1], rtol=1e-12, atol=0): return self.scatter * scale[0].item()
     if self.class_counts is None:
-        raise ValueError("classes differ in size, and a stream's scatter cannot be re-weighted by class: give the "
-                         "sizes as class_counts= before the first batch, use weighting='sample', or from_features")
+        raise ValueError("classes differ in size, and a scatter of all samples cannot be re-weighted by class: give "
+                         "the sizes of a stream as class_counts= before the first batch, or use weighting='sample'; "
+                         "statistics of from_features keep no more than such a scatter when they are copied, pickled "
+                         "or updated, unless made with weighting='class'")
     raise ValueError(f"the scatter was weighted for class_counts={self.class_counts.tolist()}, the classes now have "
                      f"{self.counts.tolist()} samples: use weighting='class' once all samples have been read")
 
