@@ -1390,6 +1390,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'nc_nbdev/paper/training_longer.py'),
                                                 'nc_nbdev.paper.training_longer._shuffled_task': ( 'paper/training_longer.html#_shuffled_task',
                                                                                                    'nc_nbdev/paper/training_longer.py'),
+                                                'nc_nbdev.paper.training_longer.able_to_fall': ( 'paper/training_longer.html#able_to_fall',
+                                                                                                 'nc_nbdev/paper/training_longer.py'),
                                                 'nc_nbdev.paper.training_longer.coarse_tasks': ( 'paper/training_longer.html#coarse_tasks',
                                                                                                  'nc_nbdev/paper/training_longer.py'),
                                                 'nc_nbdev.paper.training_longer.first_snapshots': ( 'paper/training_longer.html#first_snapshots',

@@ -47,17 +47,19 @@ class RegressionStatistics:
             self._add(torch.cat([h.cpu().double(), y.cpu().double()], 1))
         return self
 
-    def _add(self, X):   # (B, D + n)
-        "Merge features beside targets."
-        if not len(X): return
-        mean, n = X.mean(0), self.count + len(X)
-        delta = mean - self.mean
-        self._scatter += (X - mean).T @ (X - mean) + torch.outer(delta, delta) * (self.count * len(X) / n)
-        self.mean += delta * (len(X) / n)
-        self.count = n
-        if self._unit is not None:
-            unit = torch.nn.functional.normalize(X[:, :self.dim] - self.centre, dim=1)
-            self._unit += unit.T @ unit
+# %% ../../nbs/geometry/75_regression.ipynb #4a195bf9
+@patch
+def _add(self: RegressionStatistics, X):   # (B, D + n)
+    "Merge features beside targets."
+    if not len(X): return
+    mean, n = X.mean(0), self.count + len(X)
+    delta = mean - self.mean
+    self._scatter += (X - mean).T @ (X - mean) + torch.outer(delta, delta) * (self.count * len(X) / n)
+    self.mean += delta * (len(X) / n)
+    self.count = n
+    if self._unit is not None:
+        unit = torch.nn.functional.normalize(X[:, :self.dim] - self.centre, dim=1)
+        self._unit += unit.T @ unit
 
 # %% ../../nbs/geometry/75_regression.ipynb #92654ec7
 def _check_sizes(dim, num_targets, centre):

@@ -87,11 +87,18 @@ class Statement:
         "\"at least\" or \"at most\"."
         return "at least" if self.at_most is None else "at most"
 
-    def claim(self, values, control_values, **more) -> "Claim":
-        "The claim that the numbers of all seeds make; `more` are further fields of `Claim`."
-        names = "id statement quantity control bar direction interval primary source bound"
-        shared = {name: getattr(self, name) for name in names.split()}
-        return Claim(**{**shared, "values": values, "control_values": control_values, **more})
+# %% ../../nbs/lab/60_claims.ipynb #31b750d8
+@patch
+def claim(
+    self: Statement,
+    values,           # one number a seed
+    control_values,   # the same of the control
+    **more,           # further fields of `Claim`
+) -> "Claim":
+    "The claim that the numbers of all seeds make."
+    names = "id statement quantity control bar direction interval primary source bound"
+    shared = {name: getattr(self, name) for name in names.split()}
+    return Claim(**{**shared, "values": values, "control_values": control_values, **more})
 
 # %% ../../nbs/lab/60_claims.ipynb #d7e3b8bf
 class _Board(pd.DataFrame):
@@ -237,7 +244,7 @@ def p_value(
     differences = x - f(np.array(claim.bar, float)), x - c
     return max(_p_one_sided(sign * d, claim.interval) for d in differences)
 
-
+# %% ../../nbs/lab/60_claims.ipynb #9f70be42
 def holm(
     claims,            # the primary claims that were measured
     others: int = 0,   # primary claims of the same family that were not measured

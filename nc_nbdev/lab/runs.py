@@ -123,11 +123,6 @@ class Run:
         "Epoch -> why it could not be measured; \"ended\" -> the last epoch of a training that went wrong. Mostly {}."
         return self.entry.read_json("reasons.json") if "reasons.json" in self.entry else {}
 
-    @property
-    def made(self) -> list[dict]:
-        "Which machine, versions and commit trained it: an `environment` each time it began or went on."
-        return self.entry.read_json("recipe.json").get("made", [])
-
     @cached_property
     def data(self):
         "What the recipe's method `data(data_dir)` gives, for recipes that have one."
@@ -139,6 +134,12 @@ class Run:
 
     @cached_property
     def _loaders(self): return {}
+
+# %% ../../nbs/lab/40_runs.ipynb #6c2876f2
+@patch(as_prop=True)
+def made(self: Run) -> list[dict]:
+    "Which machine, versions and commit trained it: an `environment` each time it began or went on."
+    return self.entry.read_json("recipe.json").get("made", [])
 
 # %% ../../nbs/lab/40_runs.ipynb #5839b608
 @patch

@@ -20,12 +20,18 @@ from nc_nbdev.paper.train_vs_test import (
     all_conditions,
     asked,
     by_variant,
-    has_learned,
     in_variant,
     of_variant,
     variants,
 )
-from .training_longer import MISSING, PROBE, coarse_tasks, first_snapshots, window_epochs
+from nc_nbdev.paper.training_longer import (
+    MISSING,
+    PROBE,
+    able_to_fall,
+    coarse_tasks,
+    first_snapshots,
+    window_epochs,
+)
 from ..vision.transfer import measure_transfer
 
 # %% ../../nbs/paper/30_which_layer.ipynb #a0879b58
@@ -58,7 +64,7 @@ def _numbers(history):
     def gains(task):
         both = task, f"{task}, weak decay"
         (first, end), (weak_first, weak_end) = (_by_depth(history, c, task) for c in both)
-        able = np.where(weak_first[-1] >= first[-1] - 0.1, has_learned(history, *both), np.nan)
+        able = able_to_fall(history, both, first[-1], weak_first[-1])
         return (lead(end) - lead(first)) * able, lead(weak_end) - lead(weak_first)
     there = set(history.condition)
     return {id: gains(t) for id, t in _TASKS.items() if t in there}
