@@ -87,19 +87,6 @@ class Statement:
         "\"at least\" or \"at most\"."
         return "at least" if self.at_most is None else "at most"
 
-# %% ../../nbs/lab/60_claims.ipynb #31b750d8
-@patch
-def claim(
-    self: Statement,
-    values,           # one number a seed
-    control_values,   # the same of the control
-    **more,           # further fields of `Claim`
-) -> "Claim":
-    "The claim that the numbers of all seeds make."
-    names = "id statement quantity control bar direction interval primary source bound"
-    shared = {name: getattr(self, name) for name in names.split()}
-    return Claim(**{**shared, "values": values, "control_values": control_values, **more})
-
 # %% ../../nbs/lab/60_claims.ipynb #d7e3b8bf
 class _Board(pd.DataFrame):
     "A table whose rows and sentences are shown whole."
@@ -215,6 +202,19 @@ def _verdict(claim):
 def _no_spread(x):
     "Whether all seeds gave one number, up to rounding: copies of a run, and no evidence."
     return bool(np.ptp(x) <= 1e-12 * np.abs(x).max())
+
+# %% ../../nbs/lab/60_claims.ipynb #31b750d8
+@patch
+def claim(
+    self: Statement,
+    values,           # one number a seed
+    control_values,   # the same of the control
+    **more,           # further fields of `Claim`
+) -> Claim:
+    "The claim that the numbers of all seeds make."
+    names = "id statement quantity control bar direction interval primary source bound"
+    shared = {name: getattr(self, name) for name in names.split()}
+    return Claim(**{**shared, "values": values, "control_values": control_values, **more})
 
 # %% ../../nbs/lab/60_claims.ipynb #761a500c
 def _p_one_sided(x, kind):
