@@ -21,6 +21,7 @@ from nc_nbdev.geometry.measures import measure_features
 from nc_nbdev.geometry.statistics import ClassStatistics
 from nc_nbdev.lab.history import COLUMNS, curves
 from nc_nbdev.lab.recorder import CollapseRecorder, clean_loader, undisturbed
+from nc_nbdev.lab.regression import measure_regression
 from nc_nbdev.lab.report import MEANINGS, CollapseReport, collect, compare_splits, measure
 from nc_nbdev.lab.taps import head_of, layer_features, tap_layers
 
@@ -368,6 +369,19 @@ def test_proposed_layers_that_do_not_run_once_are_left_out(data):
             "Left out: layer 'shared' ran 3 times", "Left out: layer 'unused' ran 0 times"]
     with pytest.raises(ValueError, match="'shared' ran 3 times"): measure(model, clean, layers=layers)
     with pytest.raises(ValueError, match="'head:input' ran 2 times"): measure(Repeats(heads=2), clean)
+
+
+def test_regression_leaves_out_proposed_layers_that_do_not_run_once(data):
+    torch.manual_seed(0)
+    numbers = [(x, torch.randn(len(x), 10) + x.flatten(1)[:, :10]) for x, _ in loaders(data, 64)[0]]
+    model, left_out = Repeats(), {"shared": 3, "unused": 0}
+    for call in (measure, measure_regression):
+        report = call(model, numbers, {"test": numbers})
+        given = call(model, numbers, {"test": numbers}, layers=("stem", "head:input"))
+        assert report.layers == ("stem", "head:input") and report.frame.equals(given.frame)
+        assert [n.partition(" in the")[0] for n in report.notes if n not in given.notes] == [
+            f"Left out: layer '{layer}' ran {times} times" for layer, times in left_out.items()]
+    with pytest.raises(ValueError, match="'shared' ran 3 times"): measure(model, numbers, layers=("stem", "shared"))
 
 
 def test_parts_that_take_no_hooks(data):

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from ..geometry.regression import RegressionStatistics, _head, _varies, nrc1, nrc2, nrc3
 from ..geometry.statistics import as_tensor
-from .taps import check_layers, head_of, split_batch, tap_layers, tapped_batches, undisturbed, unwrap
+from nc_nbdev.lab.taps import (
+    check_layers,
+    head_of,
+    split_batch,
+    tap_layers,
+    tapped_batches,
+    that_run,
+    undisturbed,
+    unwrap,
+)
 
 # %% ../../nbs/lab/22_regression.ipynb #22bc17bf
 def number_targets(
@@ -116,8 +125,11 @@ def measure_regression(
                          "list of batches, since the train set is read twice")
     tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
     if "train" in tests: raise ValueError(f"test splits {sorted(tests)}: expected names other than 'train'")
-    layers = check_layers(model, layers or tap_layers(model))
-    first = _one_pass(model, train_dl, layers, None, reading)
+    named, left_out = isinstance(head, str) and head != "auto", {}
+    proposed = () if layers else tap_layers(model, head=head if named else None)
+    layers = check_layers(model, layers or proposed)
+    first = _one_pass(model, train_dl, layers, None, reading, proposed[:-1], left_out)
+    layers = tuple(layer for layer in layers if layer not in left_out)
     centres = {la: s.mean[:s.dim] for la, s in first.items() if la != "output"}
     passes = {n: _one_pass(model, dl, layers, centres, reading) for n, dl in {"train": train_dl, **tests}.items()}
     n = passes["train"][layers[0]].num_targets
@@ -128,11 +140,11 @@ def measure_regression(
     rows = [row for split, found in passes.items() for row in _rows(split, found, passes["train"], W, read, missing)]
     lost = [f"{split} set, layer {la}: no {', '.join(names)}, {why}" for (split, la, why), names in missing.items()]
     return RegressionReport(n, layers, pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]),
-                            tuple(filter(None, (note, few, *lost))))
+                            tuple(filter(None, (note, few, *left_out.values(), *lost))))
 
 # %% ../../nbs/lab/22_regression.ipynb #9c82a1c2
-def _one_pass(model, dl, layers, centres, reading):
-    "Statistics of every layer, and the errors under \"output\"."
+def _one_pass(model, dl, layers, centres, reading, optional=(), left_out=None):
+    "Statistics of every layer, and the errors under \"output\". Optional layers that do not run once go to `left_out`."
     found, errors, seen = {}, [], []
     own = reading.get("batch")
 
@@ -145,6 +157,9 @@ def _one_pass(model, dl, layers, centres, reading):
     pool = reading.get("pool", "avg")
     with closing(tapped_batches(model, dl, layers, pool, batch=targets_aside, **options)) as batches:
         for taps, out, _ in batches:
+            if optional and not found:
+                layers, gone = that_run(taps, layers, optional)
+                left_out.update(gone)
             Y = (y := seen.pop()).reshape(len(y), -1)
             for layer in layers:
                 H = taps[layer]

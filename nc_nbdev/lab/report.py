@@ -41,6 +41,7 @@ from nc_nbdev.lab.taps import (
     output_rows,
     tap_layers,
     tapped_batches,
+    that_run,
     undisturbed,
     unwrap,
 )
@@ -113,7 +114,7 @@ class _Seen:
         if n > stats.num_classes: stats = stats.take(room.where(room < stats.num_classes, -1))
         return stats.update(H, places)
 
-# %% ../../nbs/lab/25_report.ipynb #d70c7680
+# %% ../../nbs/lab/25_report.ipynb #88c59a3e
 @undisturbed()
 def collect(
     model: nn.Module,                # runs in evaluation mode and is left as it was
@@ -133,53 +134,58 @@ def collect(
     optional: Sequence[str] = (),                            # layers left out unless they run once in the first batch
 ) -> Collected:
     "One pass in evaluation mode: statistics of every layer. Raises `ValueError` for bad layers, labels or shapes."
-    layers, reference, heads = check_layers(model, layers), reference or {}, check_layers(model, head) if head else ()
+    layers, heads = check_layers(model, layers), check_layers(model, head) if head else ()
     tapped = tuple(dict.fromkeys((*layers, *(f"{h}:input" for h in heads), *(heads[1:] and heads))))
     if class_counts is None: class_counts = _class_counts(dl, num_classes)
-    stats, features, nearest, labels, predictions, same, seen = {}, {}, {}, [], [], None, None
+    found = _Pass(layers, heads, num_classes, keep, reference or {}, class_counts, absent, optional)
     with closing(run(model, dl, tapped, pool, **(reading or {}))) as batches:
-        for taps, out, y in batches:
-            if not labels: layers, doubts = _that_run(taps, layers, optional)
-            fits = out.shape == (*taps.rows.shape, num_classes)
-            if keep is None: keep = layers[-1:] if taps.rows.ndim == 1 else ()
-            fewer = absent == "leave out" or absent is None and taps.rows.ndim > 1
-            if not labels and class_counts is None and fewer: seen = _Seen(num_classes, y.device)
-            numbers = y if seen is None else seen(y)
-            if fits and heads[1:]: heads = [h for h in heads if h in taps and _same(taps[h], out[taps.rows])] or heads
-            for layer in layers:
-                H, doubts[layer] = taps[layer], getattr(taps, "doubts", {}).get(layer)
-                if layer in keep: features.setdefault(layer, []).append(H)
-                elif seen is None: _update(stats, layer, H, y, num_classes, class_counts)
-                else: stats[layer] = seen.update(stats.get(layer), H, numbers)
-                if layer in reference: nearest.setdefault(layer, []).append(nearest_centre(H, reference[layer].means))
-            labels.append(y)
-            predictions.append(out.argmax(-1)[taps.rows] if fits else None)
-            known = f"{heads[-1]}:input" if heads else None
-            same = [la for la in (layers if same is None else same) if known in taps and _same(taps[la], taps[known])]
-    labels, predictions = torch.cat(labels), _joined(predictions)
-    features, nearest = ({la: torch.cat(parts) for la, parts in found.items()} for found in (features, nearest))
-    if classes is not None: nearest = {layer: classes[numbers] for layer, numbers in nearest.items()}
-    found, order = (None, None) if seen is None else seen.classes.sort()
-    if found is not None and len(found) == 1:
-        raise ValueError(f"only one class has samples, {found.item()}: collapse compares at least two")
-    if found is not None: stats = {layer: stat.take(order) for layer, stat in stats.items()}
-    for layer, H in features.items():
-        y, K = (labels, num_classes) if found is None else (torch.searchsorted(found, labels), len(found))
-        few = len(H) < H.shape[1]                     # then no (D, D) matrix is needed, if the features stay at hand
-        stats[layer] = ClassStatistics.from_features(H, y, K, _within(H), weighting=None if few else "class")
-    return Collected({la: stats[la] for la in layers}, labels, predictions, features, nearest, tuple(same),
-                     tuple(heads), None if found is None or len(found) == num_classes else found, num_classes,
-                     tuple(filter(None, doubts.values())))
+        for taps, out, y in batches: found.add(taps, out, y)
+    return _collected(found, classes)
+
+# %% ../../nbs/lab/25_report.ipynb #d70c7680
+@dataclass
+class _Pass:
+    "What the batches of one pass add up to; the arguments are those of `collect`."
+    layers: tuple[str, ...]
+    heads: Sequence[str]
+    num_classes: int
+    keep: Sequence[str] | None
+    reference: Mapping[str, ClassStatistics]
+    class_counts: Tensor | None
+    absent: str | None
+    optional: Sequence[str]
+
+    def __post_init__(self): self.stats, self.features, self.nearest, self.labels, self.predictions = {}, {}, {}, [], []
+
+    def begin(self, taps, device):
+        "What the first batch decides: the layers that run, whose features are kept, and whether classes may be absent."
+        tokens = taps.rows.ndim > 1
+        self.layers, self.doubts = that_run(taps, self.layers, self.optional)
+        self.same = self.layers                                  # those that may be the input of the classifier
+        if self.keep is None: self.keep = () if tokens else self.layers[-1:]
+        fewer = self.absent == "leave out" or self.absent is None and tokens
+        self.seen = _Seen(self.num_classes, device) if fewer and self.class_counts is None else None
+
+    def add(self, taps, out, y):
+        if not self.labels: self.begin(taps, y.device)
+        places, fits = y if self.seen is None else self.seen(y), out.shape == (*taps.rows.shape, self.num_classes)
+        for layer in self.layers: self.add_layer(layer, taps[layer], y, places)
+        self.doubts |= {layer: getattr(taps, "doubts", {}).get(layer) for layer in self.layers}
+        self.labels.append(y)
+        self.predictions.append(out.argmax(-1)[taps.rows] if fits else None)
+        if fits and self.heads[1:]:
+            self.heads = [h for h in self.heads if h in taps and _same(taps[h], out[taps.rows])] or self.heads
+        known = f"{self.heads[-1]}:input" if self.heads else None
+        self.same = [la for la in self.same if known in taps and _same(taps[la], taps[known])]
+
+    def add_layer(self, layer, H, y, places):
+        if layer in self.keep: self.features.setdefault(layer, []).append(H)
+        elif self.seen is None: _update(self.stats, layer, H, y, self.num_classes, self.class_counts)
+        else: self.stats[layer] = self.seen.update(self.stats.get(layer), H, places)
+        if layer not in self.reference: return
+        self.nearest.setdefault(layer, []).append(nearest_centre(H, self.reference[layer].means))
 
 # %% ../../nbs/lab/25_report.ipynb #5c1d7e05
-def _that_run(taps, layers, optional):
-    "The layers, without the optional ones that do not run once, and a sentence on each of these."
-    gone = {}
-    for layer in (layer for layer in layers if layer in optional):
-        try: taps[layer]
-        except ValueError as e: gone[layer] = f"Left out: {e}."
-    return tuple(layer for layer in layers if layer not in gone), gone
-
 def _joined(predictions):
     "Those of all batches, None where the output is not (B, K) in any."
     missing = [i for i, part in enumerate(predictions) if part is None]
@@ -187,6 +193,27 @@ def _joined(predictions):
     if not missing: return torch.cat(predictions)
     raise ValueError(f"the output of batch {missing[0]} is not (B, K), that of others is: expected it of all batches; "
                      "a forward that squeezes loses the dimension of a batch of one sample")
+
+# %% ../../nbs/lab/25_report.ipynb #f55ba460
+def _collected(done, classes):
+    "`Collected` of a `_Pass`: all batches together; `classes` are those of the reference, where they are not all."
+    labels, predictions = torch.cat(done.labels), _joined(done.predictions)
+    places, found, K = labels, None, done.num_classes
+    if done.seen is not None:
+        found, order = done.seen.classes.sort()
+        if len(found) == 1:
+            raise ValueError(f"only one class has samples, {found.item()}: collapse compares at least two")
+        done.stats = {layer: stat.take(order) for layer, stat in done.stats.items()}
+        places, K = torch.searchsorted(found, labels), len(found)
+    done.features, nearest = ({la: torch.cat(parts) for la, parts in by_layer.items()}
+                              for by_layer in (done.features, done.nearest))
+    if classes is not None: nearest = {layer: classes[numbers] for layer, numbers in nearest.items()}
+    for layer, H in done.features.items():
+        few = len(H) < H.shape[1]                     # then no (D, D) matrix is needed, if the features stay at hand
+        done.stats[layer] = ClassStatistics.from_features(H, places, K, _within(H), weighting=None if few else "class")
+    return Collected({la: done.stats[la] for la in done.layers}, labels, predictions, done.features, nearest,
+                     tuple(done.same), tuple(done.heads), None if K == done.num_classes else found, done.num_classes,
+                     tuple(filter(None, done.doubts.values())))
 
 # %% ../../nbs/lab/25_report.ipynb #2caab80a
 def _compare(base, test, layer):
@@ -554,6 +581,38 @@ def measure(
                        next_token=next_token or None, ignore_index=None if ignore_index == -100 else ignore_index,
                        absent=absent)
     reading = dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index)
+    plan, train_dl = _plan(model, train_dl, layers, head, num_classes, reading)
+    tests = _by_name(test_dl)
+    bases = _references(tests, references)
+    kept = None if keep is None else {*_kept(plan.layers, keep), *(() if plan.tied else plan.given)}
+    run = partial(collect, model, num_classes=plan.num_classes, pool=pool, keep=kept, head=plan.heads, reading=reading,
+                  absent=absent, run=_OnePass(train_dl, tests.values()))
+    try:
+        if plan.num_classes == 1: raise ValueError(_one_output)
+        train = run(train_dl, layers=plan.layers, class_counts=class_counts, optional=plan.proposed[:-1])
+    except ValueError:
+        if not number_targets(train_dl, model, batch): raise
+        found = measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
+        unused = ", ".join(name for name, value in for_classes.items() if value is not None)
+        return replace(found, notes=(*found.notes, *[f"Not used for numbers to predict: {unused}."] * bool(unused)))
+    found = _test_passes(partial(run, layers=[*train.statistics]), train, tests, bases)
+    return _report(model, plan, train, found, references, guessed=head == "auto", chosen=output is not None)
+
+# %% ../../nbs/lab/25_report.ipynb #2c03f18a
+@dataclass(frozen=True)
+class _Plan:
+    "What is known before the network runs."
+    layers: tuple[str, ...]
+    proposed: tuple[str, ...]                   # `tap_layers`, unless the caller named layers
+    Wb: tuple[Tensor, Tensor | None] | None     # of the classifier
+    heads: tuple[str, ...]                      # layers that it may be; () where Wb is certain, or there is none
+    num_classes: int                            # K
+    note: str | None                            # on the classifier
+    tied: bool                                  # whether the classifier is rows of an embedding or a parameter
+    given: tuple[str, ...]                      # the layer that a certain Wb reads
+
+def _plan(model, train_dl, layers, head, num_classes, reading):
+    "The `_Plan` of a measurement; and the loader, complete."
     tied, train_dl = _tied(model, train_dl, head, reading)
     chosen = None if tied or layers else _chosen(model, head, num_classes)
     proposed = () if layers else tap_layers(model, tied and tied.layer, chosen)
@@ -561,27 +620,22 @@ def measure(
     if tied: Wb, heads, num_classes, note = (tied.W, tied.b), (), num_classes or len(tied.W), tied.note
     else: Wb, heads, num_classes, note = _find_head(model, head, num_classes)
     if num_classes is None: raise ValueError(f"num_classes is needed. {note}")
-    tests = _by_name(test_dl)
-    bases, given = _references(tests, references), layers[-1:] if Wb and not heads else ()
-    if tied: given = tuple({tied.layer} & {*layers})
-    run = partial(collect, model, layers=layers, num_classes=num_classes, pool=pool, head=heads, absent=absent,
-                  keep=None if keep is None else {*_kept(layers, keep), *(() if tied else given)}, reading=reading,
-                  run=_OnePass(train_dl, tests.values()), optional=proposed[:-1])
-    try:
-        if num_classes == 1: raise ValueError(_one_output)
-        passes = {"train": run(train_dl, class_counts=class_counts)}
-    except ValueError:
-        if not number_targets(train_dl, model, batch): raise
-        found = measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
-        unused = ", ".join(name for name, value in for_classes.items() if value is not None)
-        return replace(found, notes=(*found.notes, *[f"Not used for numbers to predict: {unused}."] * bool(unused)))
-    run = partial(run, layers=[*passes["train"].statistics], optional=())
-    passes |= {n: run(tests[n]) for n in tests if n not in bases}
-    for n, base in bases.items():
-        passes[n] = run(tests[n], reference=passes[base].statistics, classes=passes[base].classes)
-    train = replace(passes["train"], head_layers=given or passes["train"].head_layers)
-    if heads: Wb, note = _of_head(model, train, heads if head == "auto" else (), output is not None)
-    try: report = compare_splits(train, {n: passes[n] for n in tests}, head=Wb, references=references)
+    given = tuple({tied.layer} & {*layers}) if tied else layers[-1:] if Wb and not heads else ()
+    return _Plan(layers, proposed, Wb, heads, num_classes, note, tied is not None, given), train_dl
+
+def _test_passes(run, train, tests, bases):
+    "One pass over each test split, those first that others are compared with; in the order of `tests`."
+    passes = {"train": train} | {name: run(dl) for name, dl in tests.items() if name not in bases}
+    for name, base in bases.items():
+        passes[name] = run(tests[name], reference=passes[base].statistics, classes=passes[base].classes)
+    return {name: passes[name] for name in tests}
+
+def _report(model, plan, train, tests, references, guessed, chosen):
+    "The report of all passes, with what is to be said about the classifier."
+    Wb, note = plan.Wb, plan.note
+    train = replace(train, head_layers=plan.given or train.head_layers)
+    if plan.heads: Wb, note = _of_head(model, train, plan.heads if guessed else (), chosen)
+    try: report = compare_splits(train, tests, head=Wb, references=references)
     except ValueError as e:
         if not note: raise
         raise ValueError(f"{e}. {note}") from e

@@ -6,7 +6,8 @@ The layers worth measuring (`tap_layers`), the classifier of a network (`head_of
 
 # %% auto #0
 __all__ = ['LABELS', 'unwrap', 'check_layers', 'evaluating', 'undisturbed', 'head_name', 'head_of', 'tap_layers', 'pool_features',
-           'FeatureTaps', 'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows', 'output_rows', 'layer_features']
+           'FeatureTaps', 'that_run', 'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows', 'output_rows',
+           'layer_features']
 
 # %% ../../nbs/lab/20_taps.ipynb #0f548290
 import copy
@@ -453,6 +454,19 @@ def _first_tensor(value, layer):
     for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, kinds) else ():
         if isinstance(item, kinds) and getattr(item, "ndim", item): return _first_tensor(item, layer)
     raise ValueError(f"layer {layer!r}: no tensor in a {type(value).__name__}")
+
+# %% ../../nbs/lab/20_taps.ipynb #d40611f8
+def that_run(
+    taps: FeatureTaps,           # after a forward pass
+    layers: Sequence[str],       # names that are tapped
+    optional: Sequence[str],     # those that may be left out
+) -> tuple[tuple[str, ...], dict[str, str]]:   # the other layers; a sentence on each that is left out
+    "The layers without the optional ones that did not run once."
+    left_out = {}
+    for layer in (layer for layer in layers if layer in optional):
+        try: taps[layer]
+        except ValueError as e: left_out[layer] = f"Left out: {e}."
+    return tuple(layer for layer in layers if layer not in left_out), left_out
 
 # %% ../../nbs/lab/20_taps.ipynb #1fd7d438
 LABELS = ("labels", "label", "target", "y")   # where the labels of a batch with names are, the first that is there
