@@ -145,7 +145,9 @@ def tally(
     primary = [c for c in claims if c.primary]
     for kind in ("primary", "exploratory"):
         part = [c for c in claims if c.primary == (kind == "primary")]
-        if part: parts.append(f"{sum(c.verdict == 'holds' for c in part)} of {len(part)} {kind} claims hold")
+        lost = sum(c.verdict == "not measured" for c in part)
+        seen = f"{sum(c.verdict == 'holds' for c in part)} of {len(part) - lost} {kind} claims hold"
+        if part: parts.append(seen + f", {lost} {'was' if lost == 1 else 'were'} not measured" * bool(lost))
     if adjusted := holm(primary, len(set(primary_ids()) - {c.id for c in primary})):
         passed = [c.id for c in claims if c.verdict == "holds" and adjusted.get(c.id, 1) <= 0.05]
         family = "together" if len(adjusted) == len(primary_ids()) else f"in their family of {len(primary_ids())}"
@@ -348,9 +350,14 @@ def _registered(folder):
     return json.loads(file.read_text()) if file.exists() else []
 
 
+def _overrides(entry):
+    "Those of a registered design; JSON has no tuples."
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.get("overrides", {}).items()}
+
+
 def _part(entry):
     "What is measured of a scale: some data sets, some overrides; empty for all of it."
-    return [*entry["datasets"], *(str(v) for v in entry.get("overrides", {}).values())]
+    return [*entry["datasets"], *map(str, _overrides(entry).values())]
 
 
 def measured_design(
@@ -371,7 +378,7 @@ def _evaluations(folder):
     for f in sorted((f.parent for f in Path(folder).glob("*/*/claims.json")), key=place):
         if (f / "superseded.txt").exists(): continue
         e = ({"datasets": ()}, *known)[place(f)[0] + 1]
-        settings = Settings(f.parent.name, datasets=tuple(e["datasets"]), overrides=e.get("overrides", {}))
+        settings = Settings(f.parent.name, datasets=tuple(e["datasets"]), overrides=_overrides(e))
         found.setdefault(part_name(settings), []).append(f)
     return dict(sorted(found.items(), key=lambda item: SCALES.index(item[0].partition(", ")[0])))
 
@@ -438,9 +445,8 @@ def confirm(
     name = "-".join([code, *_part(entry)])
     if done := list((folder / scale).glob(f"*-{name}")):
         raise ValueError(f"{done[0]}: was confirmed already; kept results are not overwritten")
-    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.get("overrides", {}).items()}  # as in JSON
     settings = get_settings(**{**changes, "preset": scale, "seeds": entry["seeds"], "first_seed": entry["first_seed"],
-                               "datasets": tuple(entry["datasets"]), "overrides": overrides})
+                               "datasets": tuple(entry["datasets"]), "overrides": _overrides(entry)})
     _check_design(entry, settings, file)
     out = folder / scale / f"{date.today().isoformat()}-{name}"
     results = _run(entry["studies"], settings, report_folder(settings) / f"confirm-{scale}", progress)

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import make_dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -364,6 +364,22 @@ for text, says in {
     b"preset = quick": "settings.ini.*no section headers", b"\xff\xfe": "settings.ini.*can't decode",
     b"[studies]\nseeds = 2": r"section \[studies\]: expected \[DEFAULT\] only",
 }.items(): wrong("get_settings", repr(text), from_file(text), says)
+
+wrong("override", "a text that is no truth value", lambda _: settings.override(Flag(), {"on": "maybe"}),
+      "on = 'maybe': expected true or false")
+
+
+@dataclass(frozen=True)
+class Flag:
+    on: bool = True
+
+
+def test_truth_values_and_home_in_settings(tmp_path):
+    assert settings.override(Flag(), {"on": "False"}) == Flag(on=False)
+    assert settings.override(Flag(on=False), {"on": "true"}) == Flag()
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\ndata_dir = ~/images\n")
+    assert settings.get_settings(tmp_path).data_dir == Path.home() / "images"
+
 
 S, nowhere = settings.Settings, settings.Settings(runs_dir=Path("/nowhere"))
 for what, call, says in (

@@ -100,6 +100,14 @@ def test_the_signs_of_few_seeds_are_enumerated():
     assert p_value(bounded.claim(values, [0] * 6)) == np.mean(signs @ differences >= differences.sum() - 1e-12)
 
 
+def test_seeds_that_sit_on_the_bar_are_no_evidence_however_many():
+    bounded = replace(UP, at_least=0.5, interval="expanded")
+    for above, exact in ((3, 1 / 8), (4, 1 / 16), (6, 1 / 64)):
+        for seeds in (above + 4, 20):                              # all signs, and 20,000 that are drawn
+            values = [0.5 + 0.1 * (i + 1) for i in range(above)] + [0.5] * (seeds - above)
+            assert p_value(bounded.claim(values, [0] * seeds)) == pytest.approx(exact, rel=0.15)
+
+
 def test_a_bound_from_the_wrong_side_is_refused():
     for wrong in (dict(at_least=1, bound="upper"), dict(at_most=1, bound="lower")):
         with pytest.raises(ValueError, match="statement s, at (least|most) a bar: bound"):

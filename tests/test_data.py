@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from PIL import Image
 
 from nc_nbdev.vision.data import ImageData
 from nc_nbdev.vision.loaders import TensorLoader, crop_flip, loaders
+from nc_nbdev.vision.recipes import ImageRecipe
 from nc_nbdev.vision.sources import dataset_names, load_dataset, templates
+from nc_nbdev.vision.training import make_learner
 
 
 @pytest.fixture(scope="module")
@@ -461,3 +464,30 @@ def test_plain_fastai_learner(digits):
 def test_same_batches_on_a_gpu(digits):
     for a, b in zip(*(loaders(digits, 128, augment="crop_flip", device=d)[0] for d in ("cpu", "cuda")), strict=True):
         assert torch.equal(a[1], b[1].cpu()) and torch.allclose(a[0], b[0].cpu(), atol=1e-6)
+
+
+def test_train_metrics_are_recorded():
+    from fastai.metrics import accuracy
+    recipe = ImageRecipe(epochs=1, train_per_class=20, test_per_class=10, width=4)
+    learn = recipe.learner()
+    learn.metrics, learn.recorder.train_metrics = [accuracy], True
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    found = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0], strict=False))
+    assert 0 < found["train_accuracy"] < 1
+
+
+def test_labels_that_are_left_out_are_counted_in_no_class():
+    images, labels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, -100, 1, 2, -100])
+    assert TensorLoader(images, labels).class_counts.tolist() == [1, 2, 1]
+
+
+def test_images_that_are_not_square_need_another_model_than_mlp():
+    images, labels = torch.randint(256, (6, 1, 8, 12), dtype=torch.uint8), torch.arange(6) % 2
+    wide = ImageData("wide", images, labels, images, labels, ("a", "b"))
+    with pytest.raises(ValueError, match="mlp, with images of 8 x 12 pixels"):
+        make_learner(ImageRecipe(model="mlp"), wide)
+    assert make_learner(ImageRecipe(), wide).model(torch.zeros(2, 1, 8, 12)).shape == (2, 2)
+
+
+def test_the_digits_by_a_path():
+    assert torch.equal(load_dataset(Path("digits")).train_images, load_dataset("digits").train_images)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -23,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from nc_nbdev.lab.history import COLUMNS
@@ -59,6 +61,21 @@ def test_loaders_in_order(sets):
     assert torch.equal(torch.cat([y for _, y in in_order(shuffled)]), sets[0].tensors[1])
     plain = DataLoader(sets[0], 100)
     assert in_order(plain) is plain and in_order(batches := [1]) is batches
+    opens = DataLoader(Opened(sets[0]), 100, shuffle=True, num_workers=1, worker_init_fn=open_in_worker, timeout=60)
+    assert torch.equal(torch.cat([y for _, y in in_order(opens)]), sets[0].tensors[1])
+
+
+class Opened(Dataset):
+    "A data set that is opened in each worker."
+    file = None
+    def __init__(self, samples): self.samples = samples
+    def __len__(self): return len(self.samples)
+    def __getitem__(self, i): return self.file[i]
+
+
+def open_in_worker(number):
+    found = get_worker_info().dataset
+    found.file = found.samples
 
 
 class Odd(Sampler):
@@ -227,7 +244,9 @@ def test_lightning(sets):
     alone = lightning_run(sets)[1]                                # watching changes nothing
     for p, q in zip(module.parameters(), alone.parameters(), strict=True): assert torch.equal(p, q)
     pickle.dumps(LightningCollapse(layers="pool"))
-    with pytest.raises(ValueError, match="every=0"): LightningCollapse(every=0)
+    for every in (0, True, 1.5):
+        with pytest.raises(ValueError, match=f"every={every}: expected a positive"): LightningCollapse(every=every)
+    assert LightningCollapse(every=np.int64(2)).every == 2
 
 
 @pytest.mark.filterwarnings("ignore")

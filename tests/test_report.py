@@ -384,6 +384,28 @@ def test_regression_leaves_out_proposed_layers_that_do_not_run_once(data):
     with pytest.raises(ValueError, match="'shared' ran 3 times"): measure(model, numbers, layers=("stem", "shared"))
 
 
+def test_the_last_layer_of_regression_belongs_to_the_layer_that_it_reads():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(200, 4)
+    numbers = [(x[i:i + 64], x[i:i + 64, :2] + torch.randn(len(x[i:i + 64]), 2)) for i in range(0, 200, 64)]
+    def found(**options):
+        report = measure(model, numbers, **options)
+        return {layer for layer in report.frame.query("measure == 'nrc2'").layer}, report.notes
+    assert found() == ({"4:input"}, ()) and found(layers=("3", "1")) == found(layers=("1", "3")) == ({"3"}, ())
+    none, note = found(layers="1")
+    assert none == set() and note == ("No NRC2 and NRC3: none of the layers is the input of the last; add '4:input'.",)
+    assert found(layers="1", head=(model[4].weight, None))[0] == {"1"}             # as the caller says
+    assert found(head=None) == (set(), ("No NRC2 and NRC3: no last layer was asked for.",))
+    classes = [(x, torch.arange(200) % 2)]
+    with pytest.raises(ValueError, match="num_classes is needed"): measure(model, classes, head=None)
+
+
+def test_the_heading_of_a_measure_is_not_a_split(data):
+    page = measure(Net(), loaders(data)[0], layers="pool").to_html()       # no test set: no train variance
+    assert "<th>train</th>" in page and 'title="spread of train samples' not in page
+
+
 def test_parts_that_take_no_hooks(data):
     "A part of torch.jit, and one that torch.compile has compiled before."
     clean, _ = loaders(data)
@@ -392,6 +414,8 @@ def test_parts_that_take_no_hooks(data):
         body = torch.jit.script(nn.Sequential(nn.Linear(64, 16), nn.ReLU()))
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), body, nn.Linear(16, 10))
     assert tap_layers(model) == ("1", "3:input") == measure(model, clean).layers
+    with pytest.raises(ValueError, match="'2' is compiled by torch.jit"): measure(model, clean, layers=("1", "2"))
+    assert hooks(model) == 0
     part = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)])
     model = nn.Sequential(nn.Flatten(), torch.compile(part, backend="eager"), nn.Linear(64, 10)).eval()
     with torch.no_grad(): model(data.x)

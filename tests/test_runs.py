@@ -131,6 +131,14 @@ def test_a_finished_run_with_a_field_of_old_is_left_out(copied):
         assert finished_runs(ImageRecipe, here) == []
 
 
+def test_a_finished_run_of_another_default_is_left_out(copied, monkeypatch):
+    run, here = copied
+    known = run.entry.read_json("recipe.json")
+    run.entry.write_json("recipe.json", known | {"momentum": 0.123})
+    with pytest.warns(UserWarning, match="no recipe of today's ImageRecipe .*holds another recipe"):
+        assert finished_runs(ImageRecipe, here) == []
+
+
 def test_on_a_gpu_one_run_at_a_time_unless_more_are_asked_for(monkeypatch):
     from nc_nbdev.lab import runs
     asked = []
@@ -168,6 +176,7 @@ def test_a_new_field_orphans_no_run():
         assert recipe_id(Later(**changes)) == recipe_id(ImageRecipe(**changes))
     assert recipe_id(Later(sharpness=1.0)) != recipe_id(ImageRecipe())
     assert recipe_id(ImageRecipe(seed=1)) != recipe_id(ImageRecipe(seed=2))
+    assert recipe_id(ImageRecipe(lr=1)) == recipe_id(ImageRecipe(lr=1.0)) != recipe_id(ImageRecipe())
 
 
 def test_training_and_reading_draw_no_number_of_the_caller(tmp_path):

@@ -428,6 +428,17 @@ def test_parts_of_a_scale_stand_side_by_side(tmp_path):
     assert command.part_name(Settings("laptop", datasets=("mnist",))) in found
 
 
+def test_a_design_with_a_tuple_is_read_back(tmp_path):
+    made = Statement("a", "", "", "", at_least=1).claim([2, 2], [0, 0])
+    design = dict(scale="quick", code="fff", datasets=[], date="2026-11-30", overrides={"milestones": (0.2, 0.5)})
+    folder = tmp_path / "quick" / f"2026-11-30-fff-{design['overrides']['milestones']}"
+    folder.mkdir(parents=True)
+    save_claims([made], folder / "claims.json")
+    (tmp_path / "registration.json").write_text(json.dumps([design]))
+    assert command.measured_design(json.loads(json.dumps(design)), folder)
+    assert [c.id for claims in command.kept_results(tmp_path).values() for c in claims] == ["a"]
+
+
 def test_a_result_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     "A study of a package of one's own: read while its file is the same, computed when it is not."
     (tmp_path / "mine").mkdir()

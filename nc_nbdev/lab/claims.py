@@ -188,15 +188,19 @@ def _verdict(claim):
     measured, control, contrast = claim.measured, claim.control_measured, claim.contrast
     if any(math.isnan(v) for v in (*measured, *control)): return "not measured"
     least, none = claim.direction == "at least", 1.0 if claim.interval == "log-t" else 0.0
-    clears = lambda interval, bar: interval[1] >= bar if least else interval[2] <= bar
     misses = lambda interval, bar: interval[2] < bar if least else interval[1] > bar
     if misses(measured, claim.bar):          # a lower bound below the bar proves nothing
         return "undecided" if claim.bound == ("lower" if least else "upper") else "fails"
-    if not clears(measured, claim.bar): return "undecided"
-    if clears(control, claim.bar): return "control passes"
+    if not _clears(claim, measured): return "undecided"
+    if _clears(claim, control): return "control passes"
     differs = contrast[1] > none if least else contrast[2] < none
     copies = claim.interval in ("t", "log-t") and _no_spread(claim.values) and _no_spread(claim.control_values)
     return "holds" if misses(control, claim.bar) and differs and not copies else "undecided"
+
+
+def _clears(claim, interval):
+    "Whether an interval is wholly on the right side of the bar."
+    return interval[1] >= claim.bar if claim.direction == "at least" else interval[2] <= claim.bar
 
 
 def _no_spread(x):
@@ -222,9 +226,10 @@ def _p_one_sided(x, kind):
     x = np.asarray(x, float)
     if not np.isfinite(x).all() or x.size < 2: return 1.0
     if kind in _RESAMPLED:
-        if x.size <= 14: return float((_all_signs(x.size) @ x >= x.sum() - 1e-12 * abs(x).sum()).mean())
+        least = x.sum() - 1e-12 * abs(x).sum()               # sums that tie but for rounding
+        if x.size <= 14: return float((_all_signs(x.size) @ x >= least).mean())
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, x.size))
-        return float((1 + (signs @ x >= x.sum()).sum()) / 20_001)
+        return float((1 + (signs @ x >= least).sum()) / 20_001)
     return 1.0 if _no_spread(x) else float(_stats.ttest_1samp(x, 0, alternative="greater").pvalue)
 
 def _all_signs(n):
@@ -272,7 +277,7 @@ def power(
     rng, log = np.random.default_rng(0), claim.interval == "log-t"
     both = np.array([claim.values, claim.control_values])             # (2, n): paired
     if log: both = np.log(both)
-    mean, spread = both.mean(axis=1, keepdims=True), np.atleast_2d(np.cov(both))
+    mean, spread = both.mean(axis=1, keepdims=True), np.cov(both)
     def drawn():
         if claim.interval in _RESAMPLED: return both[:, rng.integers(both.shape[1], size=seeds)]
         return mean + rng.multivariate_normal((0, 0), spread, size=seeds).T
@@ -342,10 +347,14 @@ def compare_scales(
         lost = sum(map(math.isnan, c.values))
         some = f" ({lost} of {len(c.values)} seeds)" * (0 < lost < len(c.values))
         if c.verdict == "not measured": return f"{c.note or c.verdict}{some}"
-        return f"{c.verdict}{f' (today: {now})' if now else ''}: {_with_interval(c.measured)}, {len(c.values)} seeds"
+        spoilt = c.verdict != "holds" and _clears(c, c.measured)
+        by_control = f"; control {_with_interval(c.control_measured)}" if spoilt else ""
+        verdict = c.verdict + f" (today: {now})" * bool(now)
+        return f"{verdict}: {_with_interval(c.measured)}{by_control}, {len(c.values)} seeds"
     now = lambda scale, i: (today or {}).get(scale, {}).get(i)
     every = {i: c for found in reversed(claims.values()) for i, c in found.items()}
-    rows = [dict(id=i, statement=every[i].statement, bar=f"{every[i].direction} {format_number(every[i].bar)}",
+    bar = lambda c: f"{c.quantity}: {c.direction} {format_number(c.bar)}"
+    rows = [dict(id=i, statement=every[i].statement, bar=bar(every[i]),
                  **{scale: text(found.get(i), now(scale, i)) for scale, found in claims.items()})
             for i in dict.fromkeys(i for found in claims.values() for i in found)]
     return _Board(rows, columns=["id", "statement", "bar", *claims]).set_index("id")

@@ -32,7 +32,7 @@ from ..geometry.etf import as_whole
 from ..geometry.measures import check_head
 from ..geometry.nearest_centre import both_decisions, classifier_decision, nearest_centre
 from ..geometry.statistics import ClassStatistics
-from .report import Collected, CollapseReport, compare_splits
+from .report import Collected, CollapseReport, compare_splits, within_for
 from .taps import LABELS
 
 # %% ../../nbs/lab/28_features_on_disk.ipynb #1a7e5991
@@ -344,7 +344,7 @@ def _collect(split, K, base, head, progress):
     "Two passes over the features: statistics, and the nearest mean (of the base) of each sample."
     classes, counts = split.labels.unique(return_counts=True)         # those with samples: (K',) of K
     place = torch.full((K,), -1).index_put((classes,), torch.arange(len(classes)))
-    within = "full" if split.array.shape[1] <= 4096 else "trace"      # (D, D) in float64: 128 MB
+    within = within_for(split.array.shape[1])
     some = classes if len(classes) < K else None
     stats = ClassStatistics(len(classes), split.array.shape[1], within, counts if within == "full" else None)
     show = lambda: progress_bar(split, leave=False) if progress else split

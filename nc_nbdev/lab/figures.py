@@ -54,7 +54,7 @@ def shade_tpt(
     history: pd.DataFrame,          # tidy
     condition: str | None = None,   # None when there is only one
 ):
-    "Shade the terminal phase: from the epoch at which the last seed has reached it."
+    "Shade the terminal phase: from the epoch at which the last of the seeds that reach it has reached it."
     start = tpt_start(history, condition=condition).max()
     if np.isfinite(start): ax.axvspan(start, history.epoch.max(), color="0.5", alpha=0.15, linewidth=0, zorder=0)
 

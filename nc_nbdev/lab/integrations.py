@@ -30,6 +30,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from ..geometry.etf import as_whole
 from ..geometry.measures import CollapseMeasures, measure_collapse
 from ..geometry.statistics import ClassStatistics
 from .history import COLUMNS
@@ -52,7 +53,9 @@ def in_order(
         batches.sampler, batches.batch_size, batches.drop_last)
     if isinstance(sampler, SequentialSampler) and not drops and batches is dl.batch_sampler: return dl
     drawn = _drawn(sampler, dl.dataset)
-    return DataLoader(dl.dataset, size, sampler=drawn, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+    return DataLoader(dl.dataset, size, sampler=drawn, collate_fn=dl.collate_fn, num_workers=dl.num_workers,
+                      worker_init_fn=dl.worker_init_fn, multiprocessing_context=dl.multiprocessing_context,
+                      timeout=dl.timeout)
 
 def _as_it_is(dl):
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -101,7 +104,7 @@ class Watcher:
         run: str = "", condition: str = "", seed: int = 0,          # columns of the history
     ):
         super().__init__()
-        if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every!r}: expected a positive integer")
+        if (as_whole(every) or 0) < 1: raise ValueError(f"every={every!r}: expected a positive integer")
         self.every, self.train_loader, self.test_loaders, self.rows = every, train_dl, test_dl, []
         self._network, self.done, self._earlier = None, 0, 0     # epochs done in all, and before this training
         self.reasons = {}   # epoch -> why something that was measured before could not be measured
@@ -109,13 +112,8 @@ class Watcher:
                             output=output, next_token=next_token, absent=absent)
         self.columns = dict(run=run, condition=condition, seed=seed)
 
-    @property
-    def history(self) -> pd.DataFrame:
-        "What was measured: run, condition, seed, epoch, split, layer, measure, value."
-        return pd.DataFrame(self.rows, columns=list(COLUMNS))
-
-    plot, _add, _report = CollapseRecorder.plot, CollapseRecorder._add, CollapseRecorder._report
-    _one_network = CollapseRecorder._one_network
+    history, plot, _add = CollapseRecorder.history, CollapseRecorder.plot, CollapseRecorder._add
+    _report, _one_network = CollapseRecorder._report, CollapseRecorder._one_network
 
 # %% ../../nbs/lab/35_integrations.ipynb #5c1d7e06
 @patch
@@ -246,7 +244,7 @@ def _transformers():
             sets = None if self.trainer is None else self.trainer.eval_dataset
             if isinstance(sets, Mapping): return {name: self.trainer.get_eval_dataloader(name) for name in sets}
             if found is None and sets is not None: return self.trainer.get_eval_dataloader()
-            if found is self.test_loaders is self.trainer is None and not self._warned:
+            if not self._warned and all(one is None for one in (found, self.test_loaders, self.trainer)):
                 self._warned = True
                 warnings.warn("no validation loader is known before the first evaluation: set callback.trainer = "
                               "trainer, or give test_dl=", stacklevel=2)

@@ -10,7 +10,7 @@ __all__ = ['number_targets', 'RegressionReport', 'compare_reports', 'measure_reg
 # %% ../../nbs/lab/22_regression.ipynb #8a04054e
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 
@@ -23,6 +23,7 @@ from ..geometry.statistics import as_tensor
 from nc_nbdev.lab.taps import (
     check_layers,
     head_of,
+    same_features,
     split_batch,
     tap_layers,
     tapped_batches,
@@ -117,7 +118,9 @@ def measure_regression(
     layers: str | Sequence[str] | None = None,          # as in `FeatureTaps`, default `tap_layers(model)`
     *,
     head: str | tuple[Tensor, Tensor] | None = "auto",  # the last linear layer with n outputs, a name, (W, b), or None
-    **reading,                                          # pool, batch, output of `tapped_batches`
+    pool: str | Callable[[Tensor], Tensor] | Mapping = "avg",   # as in `FeatureTaps`
+    batch: Callable[..., tuple] | None = None,          # as in `tapped_batches`
+    output: str | int | None = None,                    # as in `tapped_batches`
 ) -> RegressionReport:
     "Collapse of every layer without classes. Raises `ValueError` for bad layers, splits, or target shapes."
     if isinstance(train_dl, Iterator):
@@ -125,74 +128,83 @@ def measure_regression(
                          "list of batches, since the train set is read twice")
     tests = test_dl if isinstance(test_dl, Mapping) else {} if test_dl is None else {"test": test_dl}
     if "train" in tests: raise ValueError(f"test splits {sorted(tests)}: expected names other than 'train'")
-    named, left_out = isinstance(head, str) and head != "auto", {}
+    named = isinstance(head, str) and head != "auto"
     proposed = () if layers else tap_layers(model, head=head if named else None)
-    layers = check_layers(model, layers or proposed)
-    first = _one_pass(model, train_dl, layers, None, reading, proposed[:-1], left_out)
-    layers = tuple(layer for layer in layers if layer not in left_out)
-    centres = {la: s.mean[:s.dim] for la, s in first.items() if la != "output"}
-    passes = {n: _one_pass(model, dl, layers, centres, reading) for n, dl in {"train": train_dl, **tests}.items()}
-    n = passes["train"][layers[0]].num_targets
-    W, read, note = _last_layer(model, head, n, passes["train"], layers)
-    narrow = [la for la in layers if passes["train"][la].dim < n]
+    run = partial(_one_pass, model, pool=pool, batch=batch, output=output)
+    first = run(train_dl, check_layers(model, layers or proposed), optional=proposed[:-1])
+    layers, centres = tuple(first.stats), {la: s.mean[:s.dim] for la, s in first.stats.items()}
+    n = first.stats[layers[0]].num_targets
+    W, reads, note = _last_layer(model, head, n)
+    train = run(train_dl, layers, centres, reads=reads)
+    passes = {"train": train} | {name: run(dl, layers, centres) for name, dl in tests.items()}
+    read = layers[-1] if W is not None and reads is None else train.same[-1] if train.same else None
+    if reads and not read: note = f"No NRC2 and NRC3: none of the layers is the input of the last; add '{reads}'."
+    if reads is None and W is not None: W = _head(W, train.stats[read])
+    narrow = [la for la in layers if train.stats[la].dim < n]
     few = f"No NRC1 of layer {', '.join(narrow)}: fewer features than the {n} targets." if narrow else None
     missing = {}
-    rows = [row for split, found in passes.items() for row in _rows(split, found, passes["train"], W, read, missing)]
+    rows = [row for split, found in passes.items() for row in _rows(split, found, train.stats, W, read, missing)]
     lost = [f"{split} set, layer {la}: no {', '.join(names)}, {why}" for (split, la, why), names in missing.items()]
     return RegressionReport(n, layers, pd.DataFrame(rows, columns=["split", "layer", "measure", "value"]),
-                            tuple(filter(None, (note, few, *left_out.values(), *lost))))
+                            tuple(filter(None, (note, few, *first.left_out.values(), *lost))))
 
 # %% ../../nbs/lab/22_regression.ipynb #9c82a1c2
-def _one_pass(model, dl, layers, centres, reading, optional=(), left_out=None):
-    "Statistics of every layer, and the errors under \"output\". Optional layers that do not run once go to `left_out`."
-    found, errors, seen = {}, [], []
-    own = reading.get("batch")
+@dataclass
+class _Pass:
+    "What one pass over a loader leaves behind."
+    stats: dict = field(default_factory=dict)      # layer -> `RegressionStatistics`
+    errors: Tensor | None = None                   # (n,) squared, summed, where the output has the targets' shape
+    same: Sequence[str] | None = None              # layers that have the features which the last layer reads
+    left_out: dict = field(default_factory=dict)   # as `that_run` says
 
-    def targets_aside(batch):
-        args, named, y = split_batch(batch, model, own)
-        seen.append(as_tensor(y, "targets"))
-        return named or args, torch.zeros(len(seen[-1]), dtype=torch.int64)
+def _one_pass(model, dl, layers, centres=None, *, pool, batch, output, optional=(), reads=None):
+    "The `_Pass` over a loader; `reads` is where the features are that the last layer reads."
+    found, targets = _Pass(), []
 
-    options = {k: v for k, v in reading.items() if k not in ("pool", "batch")}
-    pool = reading.get("pool", "avg")
-    with closing(tapped_batches(model, dl, layers, pool, batch=targets_aside, **options)) as batches:
+    def targets_aside(item):
+        args, named, y = split_batch(item, model, batch)
+        targets.append(as_tensor(y, "targets"))
+        return named or args, torch.zeros(len(targets[-1]), dtype=torch.int64)
+
+    tapped = tuple(dict.fromkeys((*layers, *([reads] if reads else ()))))
+    with closing(tapped_batches(model, dl, tapped, pool, batch=targets_aside, output=output)) as batches:
         for taps, out, _ in batches:
-            if optional and not found:
-                layers, gone = that_run(taps, layers, optional)
-                left_out.update(gone)
-            Y = (y := seen.pop()).reshape(len(y), -1)
+            Y = (y := targets.pop()).reshape(len(y), -1)
+            if not found.stats: layers, found.left_out = that_run(taps, layers, optional)
             for layer in layers:
                 H = taps[layer]
-                if layer not in found:
+                if layer not in found.stats:
                     centre = None if centres is None else centres[layer]
-                    found[layer] = RegressionStatistics(H.shape[1], Y.shape[1], centre)
-                found[layer].update(H, Y)
-            if out.numel() == Y.numel(): errors.append((out.reshape(Y.shape).cpu().double() - Y.cpu()).square().sum(0))
-    found["output"] = torch.stack(errors).sum(0) if errors else None
+                    found.stats[layer] = RegressionStatistics(H.shape[1], Y.shape[1], centre)
+                found.stats[layer].update(H, Y)
+            same = layers if found.same is None else found.same
+            found.same = [la for la in same if reads in taps and same_features(taps[la], taps[reads])]
+            if out.numel() != Y.numel(): continue
+            wrong = (out.reshape(Y.shape).cpu().double() - Y.cpu()).square().sum(0)
+            found.errors = wrong if found.errors is None else found.errors + wrong
     return found
 
 # %% ../../nbs/lab/22_regression.ipynb #c0877c7a
-def _last_layer(model, head, n, stats, layers):
-    "W or None, the layer that it reads, and what is to be said about it."
+def _last_layer(model, head, n):
+    "W or None, the name of its input or None where the last of the layers is that, and what is to be said about it."
     if head is None: return None, None, "No NRC2 and NRC3: no last layer was asked for."
-    if not isinstance(head, str): return _head(head[0], stats[layers[-1]]), layers[-1], None
+    if not isinstance(head, str): return head[0], None, None
     named = [k for k, m in unwrap(model).named_modules() if isinstance(m, nn.Linear) and len(m.weight) == n]
     if head == "auto" and not named: return None, None, f"No NRC2 and NRC3: no linear layer has {n} outputs."
-    W = head_of(model, named[-1] if head == "auto" else check_layers(model, head)[0])[0]
-    fits = [la for la in layers if stats[la].dim == W.shape[1]]
-    return (W, fits[-1], None) if fits else (None, None, "No NRC2 and NRC3: no layer has the width of the last.")
+    name = named[-1] if head == "auto" else check_layers(model, head)[0]
+    return head_of(model, name)[0], f"{name}:input", None
 
 
 def _rows(split, found, train, W, read, missing):
     "The rows of a split. What cannot be had is added to `missing`: (split, layer, reason) -> measures."
-    if (errors := found.pop("output")) is not None:
-        one = next(iter(found.values()))
-        mse = errors / one.count
+    if found.errors is not None:
+        one = next(iter(found.stats.values()))
+        mse = found.errors / one.count
         yield split, "output", "mse", mse.sum().item()
         variance = one.target_covariance.trace()
         if _varies(variance, one.mean[one.dim:]): yield split, "output", "r2", (1 - mse.sum() / variance).item()
         else: missing[split, "output", "all targets are equal"] = ["r2"]
-    for layer, stats in found.items():
+    for layer, stats in found.stats.items():
         parts = {"nrc1": partial(nrc1, stats), "noise": partial(nrc1, stats, "variance")}
         parts = {k: partial(f, reference=train[layer]) for k, f in parts.items() if stats.dim >= stats.num_targets}
         if layer == read: parts["nrc2"] = partial(nrc2, W, stats)

@@ -71,7 +71,8 @@ def _changed(recipe):
 
 def _plain_fields(recipe):
     "All fields. Raises `ValueError` for one that JSON does not have."
-    found = asdict(recipe)
+    floats = {f.name for f in fields(recipe) if f.type in (float, "float")}      # 1 and 1.0 are equal
+    found = {k: float(v) if k in floats and type(v) is int else v for k, v in asdict(recipe).items()}
     for name, value in found.items():
         try: json.dumps(value)
         except (TypeError, ValueError):
@@ -651,12 +652,11 @@ def finished_runs(
         known = entry.read_json("recipe.json")
         if known["format"] != FORMAT: continue
         fit = lambda v: tuple(v) if isinstance(v, list) else v                     # JSON has no tuples
-        try: recipe = kind(**{k: fit(v) for k, v in known["changed"].items()})
+        try:
+            run = Run(kind(**{k: fit(v) for k, v in known["changed"].items()}), file.parent, Path(settings.data_dir))
+            if file.parent.name == recipe_id(run.recipe) and _finished(run): found.append(run)
         except (TypeError, ValueError) as e:
             warnings.warn(f"{file}: no recipe of today's {kind.__name__} ({e}); left out", stacklevel=2)
-            continue
-        run = Run(recipe, file.parent, Path(settings.data_dir))
-        if file.parent.name == recipe_id(run.recipe) and _finished(run): found.append(run)
     return found
 
 # %% ../../nbs/lab/40_runs.ipynb #0a3550af

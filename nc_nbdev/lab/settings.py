@@ -112,7 +112,8 @@ def get_settings(
     names = [f.name for f in fields(Settings) if f.name != "overrides"]
     said = {name: text.pop(name) for name in names if name in text and name not in changes}
     values = {name: _setting(name, value) for name, value in said.items()}
-    places = {name: (root or folder) / values.get(name, name.removesuffix("_dir")) for name in ("data_dir", "runs_dir")}
+    place = lambda name: (root or folder) / Path(values.get(name, name.removesuffix("_dir"))).expanduser()
+    places = {name: place(name) for name in ("data_dir", "runs_dir")}
     if "seed" in text: raise ValueError(f"{text['seed'].place}seed: studies set it; expected first_seed, and seeds")
     overrides = {name: value for name, value in text.items() if name not in names}
     with _placed(said): return Settings(**{**values, **places, "overrides": overrides, **changes})
@@ -123,6 +124,8 @@ def _parse(name, text, kind):
     kind = kind.__name__ if type(kind) is type else str(kind)
     if not isinstance(text, str): return text
     if text.strip().lower() == "none" and "None" in kind: return None
+    if kind == "bool" and (said := text.strip().lower()) in ("true", "false"): return said == "true"
+    if kind == "bool": raise ValueError(f"{_place(text)}{name} = {text!r}: expected true or false")
     convert = int if re.match(r"(tuple\[)?int", kind) else float if re.match(r"(tuple\[)?float", kind) else str.strip
     try: return tuple(map(convert, text.replace(",", " ").split())) if kind.startswith("tuple") else convert(text)
     except ValueError: raise ValueError(f"{_place(text)}{name} = {text!r} is not of type {kind}") from None

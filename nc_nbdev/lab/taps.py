@@ -6,8 +6,8 @@ The layers worth measuring (`tap_layers`), the classifier of a network (`head_of
 
 # %% auto #0
 __all__ = ['LABELS', 'unwrap', 'check_layers', 'evaluating', 'undisturbed', 'head_name', 'head_of', 'tap_layers', 'pool_features',
-           'FeatureTaps', 'that_run', 'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows', 'output_rows',
-           'layer_features']
+           'FeatureTaps', 'that_run', 'same_features', 'split_batch', 'tapped_batches', 'loose_rows', 'OutputRows',
+           'output_rows', 'layer_features']
 
 # %% ../../nbs/lab/20_taps.ipynb #0f548290
 import copy
@@ -64,13 +64,16 @@ def check_layers(
     if not isinstance(layers, Sequence) or not all(isinstance(layer, str) for layer in layers):
         raise ValueError(f"layers={layers!r}: expected the name of a layer, or several")
     layers = tuple(layers)
-    names = [n for n, _ in unwrap(model).named_modules() if n]
+    names = {n: module for n, module in unwrap(model).named_modules() if n}
     if not names:
         raise ValueError(f"{type(unwrap(model)).__name__} has no layers inside: wrap it, nn.Sequential(model), or call "
                          "measure_features for features in memory")
     for layer in layers:
-        if (name := layer.removesuffix(":input")) in names: continue
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:8]
+        module = names.get(name := layer.removesuffix(":input"))
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"layer {name!r} is compiled by torch.jit, which takes no hooks: name a layer around it")
+        if module is not None: continue
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [*names][:8]
         raise ValueError(f"{type(unwrap(model)).__name__} has no layer {name!r}; did you mean {', '.join(close)}? "
                          "(`model.named_modules()` has all names)")
     if not layers or len(set(layers)) < len(layers):
@@ -406,11 +409,16 @@ class FeatureTaps:
     def _clear(self, *inputs): self._found, self._calls = {}, Counter()
 
     def __enter__(self):
-        self._handles = [self.model.register_forward_pre_hook(self._clear), *map(self._attach, self.layers)]
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._clear))
+            for layer in self.layers: self._handles.append(self._attach(layer))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception):
-        for handle in self._handles: handle.remove()
+        while self._handles: self._handles.pop().remove()
 
 # %% ../../nbs/lab/20_taps.ipynb #38aaa51f
 @patch
@@ -467,6 +475,16 @@ def that_run(
         try: taps[layer]
         except ValueError as e: left_out[layer] = f"Left out: {e}."
     return tuple(layer for layer in layers if layer not in left_out), left_out
+
+# %% ../../nbs/lab/20_taps.ipynb #ca6227b4
+def same_features(
+    a: Tensor,   # (B, D)
+    b: Tensor,   # (B, D)
+) -> bool:
+    "Whether features are equal but for rounding; those of no sample are."
+    if a.shape != b.shape or not len(b): return a.shape == b.shape
+    size = b.abs().nan_to_num(0, 0).max().item()   # a training that went wrong has features that are NaN
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * size, equal_nan=True)
 
 # %% ../../nbs/lab/20_taps.ipynb #1fd7d438
 LABELS = ("labels", "label", "target", "y")   # where the labels of a batch with names are, the first that is there
@@ -634,9 +652,9 @@ def output_rows(
     "Which of the last layers gives the output by rows of `loose_rows`, found on one batch."
     model, ran = _ready(model), deque(maxlen=12)
     def keep(name): return lambda module, args, out: ran.append((name, out)) if isinstance(out, Tensor) else None
-    handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n]
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     inputs, named, _ = _placed(split_batch(item, model, batch), weight)
+    handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n]
     try:
         with evaluating(model): out = _pick(_run(model, inputs, named, weight), output)
     finally:

@@ -110,6 +110,6 @@ def run_cascade(
 ):
     "Study 5: NC1 by layer."
     history = histories(all_conditions(settings, _conditions), settings, progress)
-    measured = by_variant(settings, lambda v: _numbers(of_variant(history, v)))
+    measured = by_variant(settings, lambda v, _: _numbers(of_variant(history, v)))
     return Measured(**measured, history=history,
                     figures={"cascade": _figure(history[history.condition == "full decay"])})

@@ -78,6 +78,7 @@ def run_random_labels(
 ):
     "Study 2: train collapse with random labels."
     history = histories(all_conditions(settings, _conditions), settings, progress)
-    K = image_base(settings).data(settings.data_dir).num_classes
-    measured = by_variant(settings, lambda v: _numbers(of_variant(history, v), K))
-    return Measured(**measured, history=history, figures={"random_labels": _figure(of_variant(history, ""), K)})
+    K = lambda recipe: recipe.data(settings.data_dir).num_classes
+    measured = by_variant(settings, lambda v, r: _numbers(of_variant(history, v), K(r)))
+    figure = _figure(of_variant(history, ""), K(image_base(settings)))
+    return Measured(**measured, history=history, figures={"random_labels": figure})

@@ -107,12 +107,14 @@ def of_variant(
     return part.assign(condition=part.condition.map(own))
 
 def by_variant(
-    settings,   # its scale and grid
-    numbers,    # variant -> {id: (values, control values)}
-) -> dict:      # `values` and `labels` of `Measured`
+    settings,         # its scale and grid
+    numbers,          # variant, recipe -> {id: (values, control values)}
+    recipes=None,     # variant -> recipe, default `variants`
+) -> dict:            # `values` and `labels` of `Measured`
     "The numbers of all variants, the ids of all but the main one with its name."
-    found = {f"{k}.{v}" if v else k: x for v in variants(settings) for k, x in numbers(v).items()}
-    return dict(values=found, labels={v: recipe_name(r) for v, r in variants(settings).items() if v})
+    recipes = variants(settings) if recipes is None else recipes
+    found = {f"{k}.{v}" if v else k: x for v, r in recipes.items() for k, x in numbers(v, r).items()}
+    return dict(values=found, labels={v: recipe_name(r) for v, r in recipes.items() if v})
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #4bf45ed7
 def weak_decay(
@@ -275,20 +277,17 @@ def run_train_vs_test(
     progress=True,   # show bars
 ):
     "Study 1: train collapse, strong and weak test collapse."
-    grid, found = image_grid(settings), {}
+    grid = image_grid(settings)
     runs = condition_runs(_conditions(settings), settings, progress)
     jobs = [(n, (_certified, r, dict(epochs=snapshot_epochs(r.recipe)[-LAST:])))
             for n in map(recipe_name, grid) for r in runs[n] if r.recipe.snapshots]
     history = recorded(runs)
     if jobs: history = pd.concat([history, asked(jobs, settings, progress)], ignore_index=True)
-    labels = {recipe_variant(r, grid[0]): recipe_name(r) for r in grid}
-    for recipe in grid:
-        end = recipe_variant(recipe, grid[0])
-        numbers = _numbers(history, recipe_name(recipe), recipe.data(settings.data_dir).num_classes)
-        found |= {f"{k}.{end}" if end else k: v for k, v in numbers.items()}
+    numbers = lambda _, r: _numbers(history, recipe_name(r), r.data(settings.data_dir).num_classes)
+    measured = by_variant(settings, numbers, {recipe_variant(r, grid[0]): r for r in grid})
     shown = recipe_name(grid[0])
     figure = _figure(history[history.condition == shown], f"{shown}, {settings.seeds} seeds")
-    return Measured(found, history, {"train_vs_test": figure}, labels={k: v for k, v in labels.items() if k})
+    return Measured(**measured, history=history, figures={"train_vs_test": figure})
 
 # %% ../../nbs/paper/00_train_vs_test.ipynb #5e7a30b2
 def judged_today(

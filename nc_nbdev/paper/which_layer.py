@@ -25,11 +25,11 @@ from nc_nbdev.paper.train_vs_test import (
     variants,
 )
 from nc_nbdev.paper.training_longer import (
-    MISSING,
     PROBE,
     able_to_fall,
     coarse_tasks,
     first_snapshots,
+    missing_notes,
     window_epochs,
 )
 from ..vision.transfer import measure_transfer
@@ -105,8 +105,6 @@ def run_which_layer(
     jobs = [(in_variant(v, name), job) for v in variants(settings)
             for name, job in _jobs(of_variant(runs, v), of_variant(history, v), layers)]
     history = pd.concat([history, asked(jobs, settings, progress)], ignore_index=True)
-    measured = by_variant(settings, lambda v: _numbers(of_variant(history, v)))
-    notes = {id: "not trained at this scale" for id in _TASKS if id not in measured["values"]}
-    notes |= {id: MISSING for id, (v, _) in measured["values"].items()
-              if np.isnan(v).any()}
-    return Measured(**measured, history=history, figures={"which_layer": _figure(of_variant(history, ""))}, notes=notes)
+    measured = by_variant(settings, lambda v, _: _numbers(of_variant(history, v)))
+    return Measured(**measured, history=history, figures={"which_layer": _figure(of_variant(history, ""))},
+                    notes=missing_notes(_TASKS, measured["values"]))

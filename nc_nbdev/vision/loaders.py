@@ -119,7 +119,7 @@ def one_batch(self: TensorLoader) -> tuple[Tensor, Tensor]:
 @patch(as_prop=True)
 def class_counts(self: TensorLoader) -> Tensor:
     "Samples a class, (K,)."
-    return self.labels.bincount()
+    return self.labels[self.labels >= 0].bincount()
 
 # %% ../../nbs/vision/20_loaders.ipynb #2f3c1de1
 @patch

@@ -32,7 +32,7 @@ def load_dataset(
 ) -> ImageData:
     "A data set in memory. Raises `FileNotFoundError`, with what to do, where it is absent and cannot be downloaded."
     if not isinstance(name, (str, Path)): raise ValueError(f"name={name!r}: expected the name of a data set, or a path")
-    if name == "digits": return _digits(seed)
+    if str(name) == "digits": return _digits(seed)
     if made := re.fullmatch(r"templates(?:-(\d*\.?\d+))?", str(name)): return templates(float(made[1] or 0.3), seed)
     folder = Path(data_dir or get_settings().data_dir).expanduser()
     if str(name) in _TORCHVISION: return _load_torchvision(str(name), folder, download)

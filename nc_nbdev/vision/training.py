@@ -65,8 +65,10 @@ def make_learner(
     data: ImageData,     # from `prepare_data`, or any other
     device="cpu",        # where to train
 ) -> Learner:            # `learn.fit(recipe.epochs)` trains it
-    "A fastai `Learner` that trains as the recipe says, and prints nothing; its weights are drawn by the current seed."
-    channels, size, _ = data.image_shape
+    "A fastai `Learner` for a recipe, its weights drawn by the current seed. Raises `ValueError` as models do."
+    channels, size, across = data.image_shape
+    if recipe.model == "mlp" and size != across:
+        raise ValueError(f"mlp, with images of {size} x {across} pixels: expected square ones, or another model")
     model = build_model(recipe.model, data.num_classes, channels, recipe.width, size)
     odd = any(isinstance(m, torch.nn.Conv2d) and m.out_channels % 8 for m in model.modules())
     last = recipe.memory_format == "channels_last" and not odd        # oneDNN's AVX2 kernels crash on 4 channels
@@ -103,6 +105,7 @@ class ImageLearner(Learner):
         known = TrainEvalCallback, CastToTensor, Recorder
         watch = [cb for cb in self.cbs if type(cb) not in known and _events & {*vars(cb), *dir(type(cb))}]
         plain = isinstance(self.dl, TensorLoader) and self.training and hasattr(self, "recorder")
+        plain = plain and not self.recorder.train_metrics
         if plain and len(watch) == 1 and type(watch[0]) is ParamScheduler and {*watch[0].scheds} == {"lr"}:
             self._plain_epoch(watch[0])
         else:
