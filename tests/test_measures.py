@@ -11,6 +11,9 @@ from test_against_definitions import problem
 import nc_nbdev as nc
 from nc_nbdev.geometry import duality, means, nearest_centre, ood, variability
 from nc_nbdev.geometry.etf import simplex_etf, simplex_gram
+from nc_nbdev.geometry.regression import RegressionStatistics, nrc1, nrc2
+from nc_nbdev.geometry.statistics import ClassStatistics
+from nc_nbdev.geometry.variability import nc1_pinv, vci
 
 FEW = settings(max_examples=40, deadline=None)
 
@@ -51,6 +54,39 @@ def test_dead_and_degenerate_features_do_not_stop_a_run():
     for m in (dead, line):
         assert all(v is None or math.isfinite(v) for v in m.to_dict().values())
         assert set(m.reasons) == {n for n, v in m.to_dict().items() if v is None}
+
+
+def test_vci_does_not_depend_on_the_units_of_a_dimension():
+    g, y = torch.Generator().manual_seed(0), torch.arange(1200) % 4
+    for D, dtype in ((8, torch.float64), (300, torch.float32)):
+        H = (torch.randn(1200, D, generator=g) + torch.randn(4, D, generator=g)[y]).to(dtype)
+        plain = vci(ClassStatistics.from_features(H, y, 4))
+        units = torch.ones(D, dtype=dtype)
+        units[0] = 1e-7
+        for source in (H * units, (H * units).double(), H.double() * torch.logspace(-5, 5, D).double()):
+            assert vci(ClassStatistics.from_features(source, y, 4)) == pytest.approx(plain, rel=1e-4)
+
+
+def test_what_the_caller_changes_later_changes_no_statistics():
+    g, y = torch.Generator().manual_seed(0), torch.arange(60) % 3
+    H, counts, centre = torch.randn(60, 5, generator=g), torch.full((3,), 20), torch.zeros(5, dtype=torch.float64)
+    found = []
+    for spoil in (False, True):
+        weighted = ClassStatistics(3, 5, "full", counts)
+        numbers = RegressionStatistics(5, 2, centre)
+        for part in (slice(0, 30), slice(30, 60)):
+            weighted.update(H[part], y[part])
+            numbers.update(H[part], H[part, :2])
+            if spoil: counts.fill_(7); centre.fill_(5)
+        found.append((nc1_pinv(weighted), nrc1(numbers)))
+    assert found[0] == found[1]
+
+
+def test_nrc_of_tiny_features_and_of_a_last_layer_that_is_zero():
+    H = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of = lambda scale: RegressionStatistics.from_features(H * scale, H[:, :2])
+    assert nrc1(of(1e-13)) == pytest.approx(nrc1(of(1.0)))
+    with pytest.raises(ValueError, match="full rank"): nrc2(torch.zeros(2, 6), of(1.0))
 
 
 def test_head_without_bias_and_parameters_with_gradients():

@@ -159,6 +159,16 @@ def test_permuting_the_vertices_is_a_rotation(K, spare, seed):
         mg.vertex_rotation(torch.diag(torch.tensor([1.0, 2, 3], dtype=f64)), torch.tensor([1, 2, 0]))
 
 
+def test_rotations_and_bounds_at_every_scale():
+    simplex, order, g = simplex_etf(4, 6).float(), torch.tensor([2, 0, 3, 1]), torch.Generator().manual_seed(0)
+    for scale in (1e-6, 1.0, 1e4):
+        Q = mg.vertex_rotation(simplex * scale, order)
+        assert torch.allclose(simplex @ Q, simplex[order], atol=1e-5)
+        with pytest.raises(ValueError, match="not a simplex"):
+            mg.vertex_rotation(torch.randn(4, 6, generator=g) * scale, order)
+    assert mg.margin_bounds(800.0, 10, 3) == pytest.approx((-8000, math.log(2) - 800))
+
+
 def test_another_alignment_is_another_start():
     "Training with permuted vertices is training with a rotated last layer, to rounding."
     W, order = simplex_etf(3, 4, seed=3), torch.tensor([1, 2, 0])
@@ -243,6 +253,15 @@ def test_prototypes_are_a_linear_classifier(K, n, seed):
     torch.testing.assert_close(z, slow, rtol=1e-5, atol=1e-5)
     linear = queries @ (2 * means).T - means.square().sum(1)
     torch.testing.assert_close(z.softmax(1), linear.softmax(1), rtol=1e-5, atol=1e-5)
+
+
+def test_prototypes_far_from_the_origin_do_not_depend_on_the_number_of_queries():
+    g = torch.Generator().manual_seed(0)
+    centres = 100 + 0.05 * torch.randn(5, 16, generator=g)
+    queries = centres.repeat(20, 1) + 1e-3 * torch.randn(100, 16, generator=g)
+    together = fs.prototype_logits(centres[:, None], queries)
+    alone = torch.cat([fs.prototype_logits(centres[:, None], q) for q in queries.split(20)])
+    assert torch.equal(together, alone) and (together.argmax(1) == torch.arange(100) % 5).all()
 
 
 def test_episodes_have_ten_images_of_each_of_five_letters():

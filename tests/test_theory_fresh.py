@@ -129,6 +129,14 @@ def test_fresh_bound_is_attained_by_classes_that_spread():
     assert class_cdnv(far + 1.5 * E, y) == pytest.approx(bound, rel=1e-4, abs=0)
 
 
+def test_transport_far_from_the_origin_and_the_generator_of_the_caller():
+    x = 1e5 + torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert fd.transport(x.requires_grad_(), x + 1e-3) == pytest.approx(1e-3 * 5**0.5, rel=1e-4)
+    before = torch.get_rng_state()
+    fd._network(2, 8, 3, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_transport_on_a_line_pairs_in_order():
     a, b = (torch.randn(30, 1, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
     assert fd.transport(a, b) == pytest.approx((a.sort(0).values - b.sort(0).values).square().mean().sqrt().item())

@@ -14,7 +14,7 @@ from nc_nbdev.lab.report import measure
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     "No covariances of thousands of dimensions: those are tested elsewhere. No warnings of sizes nobody trains with."
-    monkeypatch.setattr(report_module, "_within", lambda H: "trace")
+    monkeypatch.setattr(report_module, "within_for", lambda dim: "trace")
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -58,7 +58,8 @@ def _add(self: RegressionStatistics, X):   # (B, D + n)
     self.mean += delta * (len(X) / n)
     self.count = n
     if self._unit is not None:
-        unit = torch.nn.functional.normalize(X[:, :self.dim] - self.centre, dim=1)
+        d = X[:, :self.dim] - self.centre
+        unit = d / d.norm(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
         self._unit += unit.T @ unit
 
 # %% ../../nbs/geometry/75_regression.ipynb #92654ec7
@@ -72,7 +73,7 @@ def _check_sizes(dim, num_targets, centre):
     if centre.shape != (dim,) or centre.is_complex() or not centre.isfinite().all():
         raise ValueError(f"centre is {centre.dtype} of shape {tuple(centre.shape)}: expected ({dim},), finite: the "
                          "mean of the features, from a first pass")
-    return as_whole(dim), as_whole(num_targets), centre.double()
+    return as_whole(dim), as_whole(num_targets), centre.double().clone()
 
 def _check_batch(H, Y, dim, num_targets):
     "Features (B, D) and targets (B, n), or a ValueError that says what was seen."
@@ -193,7 +194,7 @@ def nrc2(
     "Share of the features outside of the row space of W (Andriopoulos et al. 2024, 2409.04180). Raises ValueError."
     _check_samples(stats)
     Q, R = torch.linalg.qr(_head(W, stats).T)
-    if R.diagonal().abs().min() < 1e-12 * R.abs().max(): raise ValueError("W has not full rank")
+    if not R.diagonal().abs().min() > 1e-12 * R.abs().max(): raise ValueError("W has not full rank")
     return _outside(stats, Q, weighting)
 
 # %% ../../nbs/geometry/75_regression.ipynb #91120e2d

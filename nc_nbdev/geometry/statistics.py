@@ -240,7 +240,7 @@ def _check_class_counts(class_counts, K, within, device):
     whole = not class_counts.is_floating_point() and class_counts.dtype != torch.bool
     if class_counts.shape != (K,) or not whole or not (class_counts > 0).all():
         raise ValueError(f"class_counts is {class_counts}: expected {K} positive whole numbers, one for each class")
-    return class_counts.to(torch.int64)
+    return class_counts.to(torch.int64).clone()
 
 # %% ../../nbs/geometry/10_statistics.ipynb #80af4c97
 def _coarse(H: Tensor) -> bool:

@@ -109,8 +109,13 @@ def vci(
     S = stats._coarse_covariance(weighting)
     if S is not None and (found := _vci_coarse(S, s, V)) is not None: return found
     Sigma_W = stats.within_covariance(weighting)  # (D, D)
+    size = Sigma_W.diagonal().sqrt()  # vci does not depend on the units of a dimension
+    scale = torch.where(size > ROUNDING * stats.means.norm(dim=1).max(), 1 / size, 1.0)
+    Sigma_W, A = Sigma_W * scale * scale[:, None], V * s * scale[:, None]
     L = _cholesky(Sigma_W)
-    return _vci_singular(Sigma_W, s, V) if L is None else _vci_regular(L, V * s)
+    if L is not None: return _vci_regular(L, A)
+    V, s, _ = torch.linalg.svd(A, full_matrices=False)
+    return _vci_singular(Sigma_W, s, V)
 
 def _vci_regular(L, A) -> float:
     "vci from the Cholesky factor L (D, D) of Sigma_W, and A (D, r) with A A^T = Sigma_B."

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -27,7 +26,7 @@ from ..geometry.statistics import ClassStatistics
 from ..geometry.variability import nc1_trace
 from ..lab.claims import Statement
 from ..lab.history import curves, final
-from ..lab.studies import Measured, condition_runs, study
+from ..lab.studies import Measured, condition_runs, recorded, study
 from .apparatus import SystemRecipe
 from ..vision.data import seeded
 
@@ -134,7 +133,8 @@ def batches(
     if self.per_class: return SystemRecipe.batches(self, train, epoch)
     generator, patterns = seeded(self.seed, epoch, "batches"), self.patterns()
     draw = lambda: torch.randint(self.classes, (self.batch_size,), generator=generator)
-    return ((self.sentences(y, patterns, generator), y) for y in (draw() for _ in range(self.steps)))
+    made = ((self.sentences(y, patterns, generator), y) for y in (draw() for _ in range(self.steps)))
+    return ((x.to(train[0].device), y.to(train[0].device)) for x, y in made)
 
 # %% ../../nbs/neighbours/10_feature_collapse.ipynb #a40a580b
 @patch
@@ -144,8 +144,8 @@ def measures(
     batches: dict,        # split -> sentences and classes
 ):
     "Accuracies, and collapse of the word vectors with concepts as classes."
-    H, J, patterns = model.words(), self.concepts, self.patterns()
-    concept = torch.arange(len(H)) // self.synonyms
+    H, J = model.words(), self.concepts
+    patterns, concept = self.patterns().to(H.device), torch.arange(len(H), device=H.device) // self.synonyms
     stats, directions = (ClassStatistics.from_features(h, concept, num_classes=J) for h in (H, F.normalize(H)))
     rows = ClassStatistics.from_features(model.classifier.view(-1, self.dim), patterns.flatten(), num_classes=J)
     near = F.one_hot(nearest_centre(H, stats.means), J).float()                            # (J R, J)
@@ -295,5 +295,4 @@ def run_feature_collapse(
                  "na5": (each("endless", _length_error), each("endless", lambda r: _length_error(r, True))),
                  "na6": (gap("zipf"), gap("zipf, LayerNorm")),
                  "na7": (gain(one, "zipf"), gain(one, "uniform"))}
-    tables = [r.history.assign(condition=name) for name, group in runs.items() for r in group]
-    return Measured(found, pd.concat(tables, ignore_index=True), {"words": _figure(runs)})
+    return Measured(found, recorded(runs), {"words": _figure(runs)})

@@ -31,7 +31,7 @@ def prototype_logits(
     queries: Tensor,  # (N, D) features
 ) -> Tensor:          # (N, K)
     "Minus the squared distance of queries to the class means of the shots (Snell et al. 2017, 1703.05175)."
-    return -torch.cdist(queries, shots.mean(1)).square()
+    return -torch.cdist(queries, shots.mean(1), compute_mode="donot_use_mm_for_euclid_dist").square()
 
 # %% ../../nbs/neighbours/85_few_shot.ipynb #e18be279
 @cache

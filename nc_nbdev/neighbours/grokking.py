@@ -180,10 +180,12 @@ def run_grokking(
     accuracy = lambda c: final(table(c, "accuracy", "test"), last=1 if "digits" in c else 3)
     generalises = np.where(accuracy("one layer") >= 0.8, 1, np.nan)     # else NC1 says nothing of generalisation
     change = lambda c, base: accuracy(c) - accuracy(base)
+    last = lambda c: table(c, "nc1_trace", "train", "features").iloc[-1].to_numpy()
+    held_back = np.where(last("digits held back") >= 2 * last("digits"), 1, np.nan)      # else nothing was held back
     none, decay = (table(c, "relative_flatness", "train") for c in ("no decay", "one layer"))
     return Measured({
         "nf1": (delay("one layer"), delay("80 %")), "nf2": (generalises * nc1("one layer"), nc1("two layers")),
         "nf3": (-change("rewarded", "one layer"), -change("digits rewarded", "digits")),
-        "nf4": (change("digits held back", "digits"), change("held back", "one layer")),
+        "nf4": (held_back * change("digits held back", "digits"), change("held back", "one layer")),
         "nf5": (change("held back", "one layer"), change("rewarded", "one layer")),
         "nf6": ((none.min() / decay.min()).to_numpy(), (none.iloc[4] / decay.iloc[4]).to_numpy())}, history)

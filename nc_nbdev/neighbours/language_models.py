@@ -82,7 +82,7 @@ def vocabulary_measures(
 ) -> dict[str, float]:       # measure -> value
     "The paper's measures with words as classes, in two passes over batches."
     kept = (y.bincount(minlength=len(W)) >= at_least).nonzero().flatten()
-    place = torch.full((len(W),), -1).scatter(0, kept, torch.arange(len(kept)))[y]
+    place = torch.full((len(W),), -1, device=y.device).scatter(0, kept, torch.arange(len(kept), device=y.device))[y]
     x, y, W = x[place >= 0], place[place >= 0], W.detach()[kept]
     stats, agree, batches = None, 0, list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     for part, labels in batches:

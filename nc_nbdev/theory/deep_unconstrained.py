@@ -102,9 +102,9 @@ def cascade_problem() -> Problem:
     return problem.at_strength(0.3 * critical_strength(4) / 4)
 
 
-def _rate_errors(problem, count, rate=0.2, first=1350, last=2250):
+def _rate_errors(problem, seed, count, rate=0.2, first=1350, last=2250):
     "Largest relative error of the rates of layers 0 and 1: of `layer_rates`, and of the rate of layer 0 for both."
-    early, late = (s.model.split() for s in descend(FreeFeatures(problem, 10, starts=count), (first, last), rate))
+    early, late = (s.model.split() for s in descend(FreeFeatures(problem, seed, starts=count), (first, last), rate))
     nc1 = np.array([[[m.nc1_trace for m in one.measures()[:2]] for one in models] for models in (early, late)])
     measured = np.log(nc1[0] / nc1[1]) / (2 * rate * (last - first))  # (count, 2)
     law = np.array(layer_rates(problem)[:2])
@@ -201,5 +201,5 @@ def run_deep_unconstrained(
         "T7b": (linear[:, 1], linear[:, 2]),
         "T7c": tuple([_best_logits(x, g) for g in groups] for x in (1.05, 0.95)),
         "T7d": (small(0.4), small(0.03)),
-        "T7e": _rate_errors(cascade_problem(), len(groups)),
+        "T7e": _rate_errors(cascade_problem(), groups[0][0], len(groups)),
         "T7f": tuple([_from_low_rank(depth, s) for s in seeds] for depth in (4, 2))})

@@ -37,7 +37,8 @@ def transport(
 ) -> float:
     "The transport distance of order 2 between two sets of equal size. Raises `ValueError` for different shapes."
     if train.shape != fresh.shape: raise ValueError(f"{train.shape} and {fresh.shape}: expected one shape")
-    cost = torch.cdist(train.double(), fresh.double()).square().numpy()
+    a, b = (part.detach().double().cpu() for part in (train, fresh))
+    cost = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 # %% ../../nbs/theory/95_fresh_data.ipynb #9252a548
@@ -64,10 +65,11 @@ def _digits():
 
 
 def _network(depth, width, outputs, seed):
-    torch.manual_seed(seed)
     sizes = [64] + [width] * depth
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, outputs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
 def _fit(model, X, y, loss, steps, rate, decay=0.01):
@@ -200,8 +202,9 @@ def run_fresh_data(
 def _as_rows(table, seed):
     "A table of `loss_transfer` as a tidy history."
     flat = table.melt(ignore_index=False, var_name="measure").reset_index()
+    flat["split"] = flat.measure.replace({"nc1_trace": "train"})       # errors are named by the images they are of
     found = [flat[(flat.loss == loss) & (flat.decay == decay)].drop(columns=["loss", "decay"])
-             .assign(epoch=-1, layer="last", split="train") for loss, decay in table.index]
+             .assign(epoch=-1, layer="last") for loss, decay in table.index]
     rows = [as_history(part.to_dict("records"), run="fresh_data", seed=seed, condition=f"{loss}, decay {decay:g}")
             for part, (loss, decay) in zip(found, table.index, strict=True)]
     return pd.concat(rows, ignore_index=True)

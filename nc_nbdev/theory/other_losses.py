@@ -122,7 +122,7 @@ def loss_rate(
     return problem.lh * (1 + end.curvature * end.margin / (K * problem.strength))
 
 
-def _seen_rate(loss, problem, count, seed=10):
+def _seen_rate(loss, problem, seed, count):
     "The same from gradient descent, for `count` starts near the minimum, between 4 and 8 times the expected time."
     expected, end, g = loss_rate(loss, problem), loss_solution(loss, problem), torch.Generator().manual_seed(seed)
     near = lambda A: A.detach() + 1e-3 * torch.randn(count, *A.shape, generator=g, dtype=torch.float64)
@@ -185,9 +185,9 @@ def _worst_end(problem, losses, group):
     return max(worst)
 
 
-def _rate_errors(problem, count):
+def _rate_errors(problem, seed, count):
     "By start, the largest relative error of the rates: of `loss_rate`, and of that of cross-entropy for every loss."
-    seen = np.array([_seen_rate(loss, problem, count) for loss in LOSSES.values()])  # (losses, starts)
+    seen = np.array([_seen_rate(loss, problem, seed, count) for loss in LOSSES.values()])  # (losses, starts)
     law = np.array([[loss_rate(loss, problem)] for loss in LOSSES.values()])
     return abs(seen / law - 1).max(0), abs(seen / law[0] - 1).max(0)
 
@@ -212,5 +212,5 @@ def run_other_losses(
     problem, groups = Problem(lb=0.0), start_groups(settings)
     ends = lambda losses: [_worst_end(problem, losses, group) for group in groups]
     return Measured({"T55a": (ends(LOSSES.values()), ends([to_neighbour])),
-                     "T55b": _rate_errors(replace(problem, dim=problem.num_classes - 1), len(groups)),
+                     "T55b": _rate_errors(replace(problem, dim=problem.num_classes - 1), groups[0][0], len(groups)),
                      "T55c": (_contrastive_ends(5, groups), _contrastive_ends(2, groups))})

@@ -72,9 +72,9 @@ def nc1_rate(
     return problem.lh * (1.0 if problem.dim >= K else 1 + ce_minimum(problem).margin / K)
 
 
-def _measured_rate(problem, count, rate=2.0):
+def _measured_rate(problem, seed, count, rate=2.0):
     "The same from the last third of gradient descent, for `count` starts."
-    early, late = (s.model for s in descend(FreeFeatures(problem, 10, starts=count), (1000, 1500), rate))
+    early, late = (s.model for s in descend(FreeFeatures(problem, seed, starts=count), (1000, 1500), rate))
     nc1 = [[m.measures()[0].nc1_trace for m in model.split()] for model in (early, late)]
     # a step multiplies sqrt(NC1) by 1 - eta r
     return [(1 - (b / a) ** (1 / 1000)) / rate for a, b in zip(*nc1, strict=True)]
@@ -128,7 +128,8 @@ def _ends(problem, groups):
     "The worst measure and the largest logits over each group of starts."
     norm = ce_minimum(problem).weight_norm
     def end(model):
-        if norm == 0 or model.logits().norm() < 1e-2: return {}
+        if norm == 0: return {}
+        if model.logits().norm() < 1e-2: return dict(worst=1.0)      # | |W|/predicted - 1 |: it vanished
         return dict(worst=max(worst_measure(model.measures()[0]), abs(model.W.detach().norm().item() / norm - 1)))
     return [starts(problem, group, measure=end).max() for group in groups]
 
@@ -152,7 +153,7 @@ def run_unconstrained_ce(
     K = problem.num_classes
     bare, at = replace(problem, lw=0.0, lh=0.0, lb=math.inf), lambda d: replace(problem, dim=d)
     column = lambda ends, name: [end[name] for end in ends]
-    rate = lambda p: [abs(r / nc1_rate(problem) - 1) for r in _measured_rate(p, len(groups))]
+    rate = lambda p: [abs(r / nc1_rate(problem) - 1) for r in _measured_rate(p, groups[0][0], len(groups))]
     small, large = (_flow_ends(bare, groups, scale) for scale in (0.01, 1.0))
     narrow = _flow_ends(replace(bare, dim=K - 2), groups, 0.01)
     return Measured({
