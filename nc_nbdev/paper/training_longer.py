@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.ticker import NullFormatter
 from scipy.stats import rankdata
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure, shade_tpt
@@ -220,7 +219,7 @@ def _figure(history, pixels):
         nc1 = final(curves(history, "nc1_trace", "train", condition=name), log=True)
         right.plot(nc1, final(curves(history, PROBE, condition=name), LAST), marker, color=color, label=name)
     right.set_xscale("log"); right.invert_xaxis(); right.legend(fontsize=8)
-    right.xaxis.set_minor_formatter(NullFormatter())              # labels of a narrow range would overlap
+    right.tick_params(axis="x", which="both", rotation=30, labelsize=8)    # a narrow range has many labels
     right.set_xlabel("NC1 (train) at T; more collapse to the right")
     lowest = history.value[(history.measure == PROBE) & (history.condition != "fine")].min()
     left.set_ylim(min(0.5, lowest - 0.02), 1.01)
