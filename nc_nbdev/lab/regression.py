@@ -137,9 +137,9 @@ def measure_regression(
     W, reads, note = _last_layer(model, head, n)
     train = run(train_dl, layers, centres, reads=reads)
     passes = {"train": train} | {name: run(dl, layers, centres) for name, dl in tests.items()}
-    read = layers[-1] if W is not None and reads is None else train.same[-1] if train.same else None
+    read = train.same[-1] if train.same else None
     if reads and not read: note = f"No NRC2 and NRC3: none of the layers is the input of the last; add '{reads}'."
-    if reads is None and W is not None: W = _head(W, train.stats[read])
+    if W is not None and not reads: read, W = layers[-1], _head(W, train.stats[layers[-1]])      # as the caller says
     narrow = [la for la in layers if train.stats[la].dim < n]
     few = f"No NRC1 of layer {', '.join(narrow)}: fewer features than the {n} targets." if narrow else None
     missing = {}

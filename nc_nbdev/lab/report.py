@@ -167,7 +167,7 @@ class _Pass:
     def add(self, taps, out, y):
         if not self.labels: self.begin(taps, y.device)
         places, fits = y if self.seen is None else self.seen(y), out.shape == (*taps.rows.shape, self.num_classes)
-        for layer in self.layers: self.add_layer(layer, taps[layer], y, places)
+        for layer in self.layers: self._add_layer(layer, taps[layer], y, places)
         self.doubts |= {layer: getattr(taps, "doubts", {}).get(layer) for layer in self.layers}
         self.labels.append(y)
         self.predictions.append(out.argmax(-1)[taps.rows] if fits else None)
@@ -176,12 +176,15 @@ class _Pass:
         known = f"{self.heads[-1]}:input" if self.heads else None
         self.same = [la for la in self.same if known in taps and same_features(taps[la], taps[known])]
 
-    def add_layer(self, layer, H, y, places):
-        if layer in self.keep: self.features.setdefault(layer, []).append(H)
-        elif self.seen is None: _update(self.stats, layer, H, y, self.num_classes, self.class_counts)
-        else: self.stats[layer] = self.seen.update(self.stats.get(layer), H, places)
-        if layer not in self.reference: return
-        self.nearest.setdefault(layer, []).append(nearest_centre(H, self.reference[layer].means))
+# %% ../../nbs/lab/25_report.ipynb #02855c8e
+@patch
+def _add_layer(self: _Pass, layer, H, y, places):
+    "A batch (B, D) of a layer: its features are kept, or its statistics updated."
+    if layer in self.keep: self.features.setdefault(layer, []).append(H)
+    elif self.seen is None: _update(self.stats, layer, H, y, self.num_classes, self.class_counts)
+    else: self.stats[layer] = self.seen.update(self.stats.get(layer), H, places)
+    if layer not in self.reference: return
+    self.nearest.setdefault(layer, []).append(nearest_centre(H, self.reference[layer].means))
 
 # %% ../../nbs/lab/25_report.ipynb #5c1d7e05
 def _joined(predictions):
@@ -581,20 +584,17 @@ def measure(
                        absent=absent)
     reading = dict(batch=batch, output=output, next_token=next_token, ignore_index=ignore_index)
     plan, train_dl = _plan(model, train_dl, layers, head, num_classes, reading)
-    tests = _by_name(test_dl)
-    bases = _references(tests, references)
+    bases = _references(tests := _by_name(test_dl), references)
     kept = None if keep is None else {*_kept(plan.layers, keep), *(() if plan.tied else plan.given)}
     run = partial(collect, model, num_classes=plan.num_classes, pool=pool, keep=kept, head=plan.heads, reading=reading,
                   absent=absent, run=_OnePass(train_dl, tests.values()))
     try:
-        if plan.num_classes is None: raise ValueError(f"num_classes is needed. {plan.note}")
-        if plan.num_classes == 1: raise ValueError(_one_output)
+        plan.check_classes()
         train = run(train_dl, layers=plan.layers, class_counts=class_counts, optional=plan.proposed[:-1])
     except ValueError:
         if not number_targets(train_dl, model, batch): raise
         found = measure_regression(model, train_dl, test_dl, layers, head=head, pool=pool, batch=batch, output=output)
-        unused = ", ".join(name for name, value in for_classes.items() if value is not None)
-        return replace(found, notes=(*found.notes, *[f"Not used for numbers to predict: {unused}."] * bool(unused)))
+        return _without(found, for_classes)
     found = _test_passes(partial(run, layers=[*train.statistics]), train, tests, bases)
     return _report(model, plan, train, found, references, guessed=head == "auto", chosen=output is not None)
 
@@ -611,6 +611,10 @@ class _Plan:
     tied: bool                                  # whether the classifier is rows of an embedding or a parameter
     given: tuple[str, ...]                      # the layer that a certain Wb reads
 
+    def check_classes(self):
+        if self.num_classes is None: raise ValueError(f"num_classes is needed. {self.note}")
+        if self.num_classes == 1: raise ValueError(_one_output)
+
 def _plan(model, train_dl, layers, head, num_classes, reading):
     "The `_Plan` of a measurement; and the loader, complete."
     tied, train_dl = _tied(model, train_dl, head, reading)
@@ -622,6 +626,7 @@ def _plan(model, train_dl, layers, head, num_classes, reading):
     given = tuple({tied.layer} & {*layers}) if tied else layers[-1:] if Wb and not heads else ()
     return _Plan(layers, proposed, Wb, heads, num_classes, note, tied is not None, given), train_dl
 
+# %% ../../nbs/lab/25_report.ipynb #f6482d24
 def _test_passes(run, train, tests, bases):
     "One pass over each test split, those first that others are compared with; in the order of `tests`."
     passes = {"train": train} | {name: run(dl) for name, dl in tests.items() if name not in bases}
@@ -655,3 +660,8 @@ def _kept(layers, keep):
     kept = {"last": layers[-1:], "all": layers, "none": ()}.get(keep, (keep,)) if isinstance(keep, str) else keep
     if isinstance(kept, Iterable) and set(kept) <= set(layers): return kept
     raise ValueError(f"keep={keep!r}: expected 'last', 'all', 'none' or some of {layers}")
+
+def _without(report, options):
+    "A report on numbers to predict, with a note on the options for classes that were given."
+    unused = ", ".join(name for name, value in options.items() if value is not None)
+    return replace(report, notes=(*report.notes, *[f"Not used for numbers to predict: {unused}."] * bool(unused)))
