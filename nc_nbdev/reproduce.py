@@ -347,7 +347,8 @@ def kept_histories(
 def _registered(folder):
     "What is registered, oldest first."
     file = Path(folder) / "registration.json"
-    return json.loads(file.read_text()) if file.exists() else []
+    try: return json.loads(file.read_text()) if file.exists() else []
+    except ValueError as e: raise ValueError(f"{file}: damaged, no list of designs ({e}); take it from a commit") from e
 
 
 def _overrides(entry):
@@ -422,8 +423,14 @@ def register(
                  seeds=settings.seeds, note=note,
                  runs=sorted(recipes.index),
                  statements=[asdict(s) for name in names for s in load_study(name).statements])
-    if any((e["scale"], e["code"], _part(e)) == (settings.preset, code, _part(entry)) for e in known):
+    alike = [e for e in known if (e["scale"], e["datasets"], _overrides(e)) == (
+        settings.preset, entry["datasets"], settings.overrides)]
+    if any(e["code"] == code for e in alike):
         raise ValueError(f"{file}: {settings.preset} is registered with this code already")
+    for e in alike:
+        if {*e["studies"]} & {*names} and abs(e["first_seed"] - settings.first_seed) < max(e["seeds"], settings.seeds):
+            raise ValueError(f"{file}: seeds from {e['first_seed']} on were registered for {e['studies']} before: "
+                             "expected seeds that nobody has looked at, as first_seed")
     with atomic(file) as draft: draft.write_text(json.dumps([*known, entry], indent=1) + "\n")
     return entry
 
@@ -431,14 +438,17 @@ def register(
 def confirm(
     scale: str,               # one that is registered
     progress: bool = True,    # show what is being done
+    results: Path | None = None,   # the folder of kept results, default `results_folder`
     **changes,                # fields of `Settings`: folders, device
 ) -> tuple[list, Path]:       # claims, and the folder they were written to
-    "Run what was registered last for a scale. Raises `ValueError` for no design, other code or runs, or a kept result."
-    folder = results_folder(get_settings(**changes))
+    "Run the oldest design of this code not yet measured. Raises `ValueError` for none, other runs, or a kept result."
+    folder = results or results_folder(get_settings(**changes))
     file = folder / "registration.json"
     known = [e for e in _registered(folder) if e["scale"] == scale]
     if not known: raise ValueError(f"{file}: {scale} is not registered")
-    entry = known[-1]
+    kept = [f for f in folder.glob(f"{scale}/*") if f.is_dir()]
+    waiting = (e for e in known if not any(measured_design(e, f) for f in kept))
+    entry = next((e for e in waiting if e["code"] == code_hash(e["studies"])), known[-1])
     if (code := code_hash(entry["studies"])) != entry["code"]:
         raise ValueError(f"{file}: {scale} was registered with the code {entry['code']}, this is {code}: to repeat it, "
                          "check out the commit that added the entry; to measure anew, register this code first")
@@ -465,8 +475,8 @@ def _check_design(entry, settings, file):
                          "as `register` wrote it: take it from the commit that added it")
     if other := len(set(plan(settings, entry["studies"]).index) ^ set(entry["runs"])):
         raise ValueError(f"{file}: {entry['scale']} was registered with {len(entry['runs'])} runs, here {other} are "
-                         "others: `precision='auto'` takes what a processor gains from; confirm it on a machine like "
-                         "the one that registered it, or register it here")
+                         "others: seeds or overrides were changed, or `precision='auto'` takes what another "
+                         "processor gains from; confirm it on a machine like that which registered it, or register it")
 
 
 def _keep(results, runs, out):
@@ -476,8 +486,9 @@ def _keep(results, runs, out):
         draft = Path(folder) / out.name
         (draft / "figures").mkdir(parents=True)
         save_claims(_claims(results), draft / "claims.json")
-        made = Counter(json.dumps(m) for r in runs for m in r.made or [{}])
-        known = environment() | {"runs": [json.loads(m) | {"number": n} for m, n in made.items()]}
+        made = Counter(m for r in runs for m in {json.dumps(m) for m in r.made or [{}]})     # once a run
+        seeds = sorted({int(seed) for r in results for seed in r.history.seed.unique()})
+        known = environment() | {"seeds": seeds, "runs": [json.loads(m) | {"number": n} for m, n in made.items()]}
         (draft / "environment.json").write_text(json.dumps(known, indent=1) + "\n")
         for name, png in (item for r in results for item in r.figures.items()):
             (draft / "figures" / f"{name}.png").write_bytes(png)
@@ -546,8 +557,9 @@ def _verify(settings):
 def _command(args):
     "What the arguments ask for."
     places = {"runs_dir": args.runs} if args.runs else {}
+    results = results_folder(get_settings())          # wherever the runs are
     if args.confirm:
-        claims, out = confirm(args.confirm, **places)
+        claims, out = confirm(args.confirm, results=results, **places)
         print(f"\n{format_scoreboard(claims)}\n\nkept in {out}")
         return
     settings = _settings(preset=args.preset, seeds=args.seeds, runs_dir=args.runs,
@@ -558,5 +570,7 @@ def _command(args):
     if args.plan: return
     out.mkdir(parents=True, exist_ok=True)         # where it cannot be written, say so before hours of training
     claims = _claims(_run(names, settings, out, True))
-    kept = kept_results(results_folder(settings)).get(part_name(settings), [])
-    print(f"\n{format_scoreboard(claims)}\n\n{format_agreement(claims, kept)}\n\nreport: {out / 'report.html'}")
+    kept, other = kept_results(results).get(part_name(settings), []), {*settings.overrides} - {"loss", "snapshots"}
+    found = f"Not compared with kept results: overrides of {sorted(other)} make other runs." if other else \
+        format_agreement(claims, kept)
+    print(f"\n{format_scoreboard(claims)}\n\n{found}\n\nreport: {out / 'report.html'}")

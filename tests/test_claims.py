@@ -35,6 +35,8 @@ NAN = math.nan
     (UP, [2, NAN, 2.2], [0, .1, .2], "not measured"),
     (UP, [2, 2.1, 2.2], [0, NAN, .2], "not measured"),
     (UP, [5], [0], "undecided"),
+    (UP, [5, 6], [0, .1], "undecided"),                         # two seeds
+    (UP, [2, 2, 2 + 1e-12], [0, .1, .2], "undecided"),          # one run, three times
     (DOWN, [.1, .2, .15], [2, 2.1, 2.2], "holds"),
     (DOWN, [2, 2.1, 2.2], [.1, .2, .15], "fails"),
     (DOWN, [.1, .2, .15], [.1, .2, .16], "control passes"),

@@ -73,7 +73,8 @@ def test_what_is_not_there_or_ambiguous(asked, said):
 
 def test_a_history_without_names_comes_back_from_a_file(tmp_path):
     "An empty condition and an empty run are NaN when pandas reads them."
-    history = made(lambda e, s: 1 / (1 + e), lambda e, s: float(e >= 5), condition="", seeds=(0, 1)).assign(run="")
+    history = made(lambda e, s: (1 + s) / (1 + e), lambda e, s: float(e >= 5), condition="", seeds=(0, 1))
+    history = history.assign(run="")
     history.to_csv(tmp_path / "h.csv", index=False)
     read = pd.read_csv(tmp_path / "h.csv")
     assert read.condition.isna().all()

@@ -167,6 +167,33 @@ def test_reduced_precision_of_float32_products_is_not_used():
     with torch.autocast("cpu", torch.bfloat16): assert nearest_centre.nearest_centre(H, mu).equal(expected)
 
 
+@FEW
+@given(st.integers(2, 80), st.integers(1, 30), st.sampled_from([0.0, 1, 1e4, 1e9, 1e30]),
+       st.sampled_from([0.0, 1e-4, 1]), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 99))
+def test_both_decisions_are_those_of_one_rule_alone(K, D, offset, length, dtype, seed):
+    "They share the centre of the means, which the offsets of the classifier must follow; W = 0 leaves ties."
+    torch.manual_seed(seed)
+    mu = offset + torch.randn(K, D, dtype=torch.float64)
+    H, W, b = (mu[torch.randint(K, (60,))] + torch.randn(60, D)).to(dtype), length * torch.randn(K, D), torch.randn(K)
+    decision, near = nearest_centre.both_decisions(H, W, b, mu)
+    assert decision.equal(nearest_centre.classifier_decision(H, W, b))
+    assert near.equal(nearest_centre.nearest_centre(H, mu))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("K", [3, 70])
+def test_one_feature_that_is_no_number_is_refused(bad, K):
+    H, W = torch.randn(600, 4), torch.randn(K, 4)
+    H[555, 2] = bad
+    for job in (lambda: nearest_centre.nearest_centre(H, W), lambda: nearest_centre.classifier_decision(H, W),
+                lambda: nearest_centre.both_decisions(H, W, None, W)):
+        with pytest.raises(ValueError, match="NaN or infinity"): job()
+    long = torch.cat([H, torch.randn(600, 296)], 1)
+    for within in "trace", "full":
+        with pytest.raises(ValueError, match="1 of 600 feature rows hold NaN or infinity, the first is row 555"):
+            ClassStatistics.from_features(long, torch.arange(600) % K, K, within)
+
+
 def test_disagreement_with_and_without_bias():
     H, y, W, b = problem(4, 6)
     mu = torch.randn(4, 6)
@@ -373,5 +400,6 @@ def test_lengths_whose_squares_underflow_decide_nothing(K, size, length):
 def test_a_score_that_may_overflow_is_looked_at_again(dtype):
     "3.395e38 is a number of float32 and not of bfloat16, where it is infinite and would lead."
     x, rows = torch.tensor([[1.0], [0.5]]).to(dtype), torch.tensor([[3.38e38], [1e38]]).to(dtype)
-    unsure = nearest_centre._largest(x, rows, torch.tensor([0.0, 3.395e38]), rows.float().norm(dim=1).max())[1]
+    t, norm = torch.tensor([[0.0, 3.395e38]]), rows.float().norm(dim=1).amax()[None]
+    unsure = nearest_centre._largest(x, rows[None], t, norm, t[:, 1])[1]
     assert unsure.all()

@@ -87,6 +87,16 @@ def probed_until(history, condition, epoch):
     return history[(history.condition != condition) | (history.measure != longer.PROBE) | (history.epoch <= epoch)]
 
 
+def copies(history):
+    "The first seed, as often as there are seeds."
+    return pd.concat([history[history.seed == 0].assign(seed=s) for s in SEEDS])
+
+
+def always_right(history):
+    "Coarse test accuracy is 1 from the first epoch on."
+    return history.assign(value=history.value.where((history.measure != "accuracy") | (history.split == "train"), 1.0))
+
+
 def one_seed(history): return history[history.seed == 0]
 
 
@@ -106,7 +116,7 @@ def world(falling=FALLING, weak=FLAT, ends=ENDS, nc1=NC1, few=FALLING, letters=F
         found += accuracy(condition, reached, tests.get(condition, HIGH))
         found += rows([ends[condition]] * 8, condition=condition, measure=longer.PROBE)
     for condition, value in nc1.items():
-        found += rows([value] * 8, 0, condition=condition, measure="nc1_trace", split="train")
+        found += rows([value] * 8, value / 50, condition=condition, measure="nc1_trace", split="train")
     for condition in ("pairs", "pairs, weak decay"):
         found += rows([left] * 8, condition=condition, measure="reconstructed")
         found += rows([shuffled] * 8, condition=condition, measure="reconstructed_shuffled")
@@ -167,6 +177,10 @@ BETTER = {c: [.2] + [a] * 7 for c, a in zip(NC1, (.95, .96, .97, .98), strict=Tr
     ("5y", "control passes", lambda: world(shuffled=.93)),                           # any labels would do
     ("5y", "not measured", lambda: world(reached=200)),
     ("6a", "not measured", lambda: world(nc1=dict.fromkeys(NC1, .01))),              # no dose
+    ("6a", "not measured", lambda: swap_in(world(), "pairs, decay / 2", "pairs")),   # a dose that is another one again
+    ("6a", "not measured", lambda: always_right(world())),                           # a control that cannot follow
+    ("6a", "not measured", lambda: copies(world())),                                 # one seed in the place of all
+    ("5a", "not measured", lambda: copies(world())),
     ("6a", "not measured", lambda: world(nc1=dict(zip(NC1, (.9, .92, .94, .96), strict=True)))),   # hardly any
     ("6a", "not measured", lambda: world(tests=dict.fromkeys(NC1, [.2] * 8))),       # coarse labels permuted
     ("6a", "fails", lambda: world(nc1=dict(zip(NC1, (.1, .04, .01, .002), strict=True)))),   # less is worse

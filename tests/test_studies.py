@@ -293,6 +293,7 @@ def test_a_confirmation_uses_the_folder_and_the_workers(tiny_project, monkeypatc
     monkeypatch.setattr(command, "confirm", lambda scale, **places: (seen.update(places, scale=scale) or [], "there"))
     monkeypatch.setattr(command, "format_scoreboard", lambda claims: "")
     command.main(["--confirm", "quick", "--runs", "elsewhere", "--jobs", "1"])
+    assert seen.pop("results").resolve() == (tiny_project / "results").resolve()         # wherever the runs are
     assert seen == {"scale": "quick", "runs_dir": Path("elsewhere")} and "kept in there" in capsys.readouterr().out
 
 
@@ -354,11 +355,17 @@ def test_kept_numbers_follow_from_the_kept_measurements(folder):
             assert claim.control_values == pytest.approx(list(control), rel=1e-5, abs=1e-6, nan_ok=True), id
 
 
-def test_a_confirmed_design_is_kept_once(tiny_project):
+def test_a_confirmed_design_is_kept_once(tiny_project, monkeypatch):
     settings = command._settings(first_seed=1000, seeds=2)
     command.register(replace(settings, datasets=("templates-0.3",)), "random_labels")
     command.register(settings, "random_labels")
+    first = command.confirm("quick", progress=False)[1]                  # the older of the two that wait
     claims, out = command.confirm("quick", progress=False)
+    assert "-templates-0.3-" in first.name and "-templates-0.3-" not in out.name
+    assert json.loads((out / "environment.json").read_text())["seeds"] == [1000, 1001]
+    with monkeypatch.context() as later, pytest.raises(ValueError, match="seeds from 1000 on were registered"):
+        later.setattr(command, "code_hash", lambda names: "of today")
+        command.register(replace(settings, first_seed=1001), "random_labels")
     assert sorted(p.name for p in out.iterdir()) == ["claims.json", "environment.json", "figures", "history.parquet"]
     made = json.loads((out / "environment.json").read_text())["runs"]
     assert sum(row["number"] for row in made) == len(command.plan(settings, ["random_labels"]))
@@ -450,7 +457,7 @@ CALLS = []
 @study('mine', 'Mine', (Statement('a', '', '', '', at_least=1),))
 def run_mine(settings, progress):
     CALLS.append(1)
-    return Measured({'a': ([2.0, 2.1], [0.0, 0.1])})
+    return Measured({'a': ([2.0, 2.1, 2.2], [0.0, 0.1, 0.1])})
 """
     file = tmp_path / "mine" / "work.py"
     file.write_text(source)
@@ -485,7 +492,7 @@ def test_what_is_not_measured_and_what_was_never_stated():
     said = (Statement("a", "", "", "", at_least=1),)
     def nothing(settings, progress): return Measured({}, notes={"a": "why"})
     def more(settings, progress): return Measured({"b": ([1], [2])})
-    def array(settings, progress): return Measured({"a": np.array([[2.0, 2.1], [0.0, 0.1]])})
+    def array(settings, progress): return Measured({"a": np.array([[2.0, 2.1, 2.2], [0.0, 0.1, 0.1]])})
     for f in (nothing, more, array): f.__module__ = "__main__"                    # as in a notebook: computed, not kept
     found = study("s", "S", said)(nothing)(Settings())["a"]
     assert (found.verdict, found.note) == ("not measured", "why")

@@ -24,56 +24,67 @@ from .statistics import as_tensor
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #d48086d6
 def _largest(
     x: Tensor,  # (B, D)
-    rows: Tensor,  # (K, D), of x's dtype
-    t: Tensor,  # (K,)
-    norm: Tensor,  # the largest |rows_c|
-) -> tuple[Tensor, Tensor]:  # (B,) int64 and (B,) bool
-    "argmax_c of rows_c x + t_c, and which of these answers rounding may have decided."
-    info, sizes = torch.finfo(t.dtype), torch.linalg.vector_norm(x, dim=1, dtype=t.dtype)  # (B,)
-    with torch.autocast(x.device.type, enabled=False):  # (B, K)
-        score = torch.addmm(t, x, rows.T) if x.dtype == t.dtype else (x @ rows.T).to(t.dtype) + t
-    top, best = score.max(1)
-    second = score.scatter_(1, best[:, None], -torch.inf).amax(1)
+    rows: Tensor,  # (R, K, D), of x's dtype: those of R rules
+    t: Tensor,  # (R, K)
+    norm: Tensor,  # (R,) the largest |rows_c|
+    most: Tensor,  # (R,) the largest |t_c|
+) -> tuple[Tensor, Tensor]:  # (B, R) int64 and (B, R) bool
+    "argmax_c of rows_c x + t_c for each rule, and which of these answers rounding may have decided."
+    info, sizes = torch.finfo(t.dtype), torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=t.dtype)  # (B, 1)
+    table, offsets = rows.flatten(0, 1).T, t.flatten()
+    with torch.autocast(x.device.type, enabled=False):  # (B, R, K)
+        score = torch.addmm(offsets, x, table) if x.dtype == t.dtype else (x @ table).to(t.dtype) + offsets
+    top, best = (score := score.view(len(x), *t.shape)).max(2)
+    second = score.scatter_(2, best[..., None], -torch.inf).amax(2)
     lost = (x.shape[1] * info.tiny) ** 0.5  # of a length, where its squares are too small to be numbers
-    scale = (norm + lost) * (sizes + lost) + t.abs().max()  # (B,) no score, and no term of it, is larger
+    scale = (norm + lost) * (sizes + lost) + most  # (B, R) no score, and no term of it, is larger
     error = (x.shape[1] + 4) * (info.eps * scale + info.tiny) + (3.01 / 256 * scale if x.dtype != t.dtype else 0)
     return best, ~(second < top - 2 * error) | (scale > info.max / 4)
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #f75f4be2
-def _rule(
-    rows: Tensor,  # (K, D) float64
-    t: Tensor,  # (K,) float64
+def _decisions(
     centre: Tensor | None,  # (D,) float64, subtracted from the features
-    settle: Callable[[Tensor], Tensor],  # (B, D) -> (B,): the decision where both precisions are too coarse
-) -> Callable[[Tensor], Tensor]:  # (B, D) -> (B,) int64
-    "argmax_c of rows_c (h - centre) + t_c, in the first precision that tells."
-    steps = [(dtype, rows.to(dtype), t.to(torch.promote_types(dtype, torch.float32))) for dtype in _precisions(rows)]
-    steps = [(*step, torch.linalg.vector_norm(step[1], dim=1, dtype=step[2].dtype).max()) for step in steps]
+    *rules: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]],  # rows (K, D), t (K,), settle: (B, D) -> (B,)
+) -> Callable[[Tensor], Tensor]:  # (B, D) -> (B, R) int64; raises ValueError on NaN or infinity
+    "argmax_c rows_c (h - centre) + t_c of each rule, in the first precision that tells."
+    rows, offsets = (torch.stack(part) for part in zip(*(rule[:2] for rule in rules), strict=True))
+    steps = [_step(rows, offsets, 0 if centre is None else centre.norm(), dtype) for dtype in _precisions(rows)]
     near = None if centre is None else centre.float()
     def decide(h, level=0):
-        if level == len(steps): return settle(h)
-        dtype, *step = steps[level]
-        if centre is not None: h_ = h.double() - centre if dtype == torch.float64 else h - near
-        best, unsure = _largest((h if centre is None else h_).to(dtype), *step)
-        if unsure.any(): best[unsure] = decide(h[unsure], level + 1)
+        x = h if centre is None else h.double() - centre if steps[level][0].dtype == torch.float64 else h - near
+        best, unsure = _largest(x.to(steps[level][0].dtype), *steps[level])
+        if not (again := unsure.any(1)).any(): return best
+        if not h[again].isfinite().all():
+            raise ValueError("features hold NaN or infinity: expected finite numbers; did the training diverge?")
+        if level + 1 < len(steps): best[again] = decide(h[again], level + 1)
+        else:
+            for r, (_, _, settle) in enumerate(rules):
+                if (again := unsure[:, r]).any(): best[again, r] = settle(h[again])
         return best
     return decide
 
+def _step(rows, offsets, shift, dtype):
+    "The arguments of `_largest` in a precision; offsets made for a centre at the distance `shift` are rounded, too."
+    t = offsets.to(torch.promote_types(dtype, torch.float32))
+    norm = torch.linalg.vector_norm(rows.to(dtype), dim=2, dtype=t.dtype).amax(1)
+    rounded = torch.finfo(torch.float64).eps / torch.finfo(t.dtype).eps * shift
+    return rows.to(dtype), t, norm, t.abs().amax(1) + (norm * rounded).to(t.dtype)
+
 def _precisions(rows: Tensor) -> list[torch.dtype]:
-    "Of products with rows (K, D), coarse ones first, where they save time."
+    "Of products with rows (R, K, D), coarse ones first, where they save time."
     if torch.get_float32_matmul_precision() != "highest": return [torch.float64]  # PyTorch rounds float32 products
-    fast = rows.device.type == "cpu" and len(rows) > 64 and (
+    fast = rows.device.type == "cpu" and rows.shape[1] > 64 and (
         getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)())
     return [torch.bfloat16] * fast + [torch.float32, torch.float64]
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #0029a470
-def _nearest_rule(means: Tensor) -> Callable[[Tensor], Tensor]:  # of (K, D) float64
+def _nearest_rule(means: Tensor) -> tuple:  # of (K, D) float64: a centre (D,), and the rule
     "argmin_c |h - mu_c|, as a rule."
     centre = means.mean(0).float().double()
     if not centre.isfinite().all(): centre = means.mean(0)  # beyond float32
     M = means - centre  # (K, D)
     def by_differences(h): return torch.cdist(h.double(), means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    return _rule(M, -M.square().sum(1) / 2, centre, by_differences)
+    return centre, (M, -M.square().sum(1) / 2, by_differences)
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #b6d1171c
 def as_features(
@@ -95,22 +106,20 @@ def nearest_centre(
 ) -> Tensor:  # (N,) int64: argmin_c |h - mu_c|, the smallest such c on a tie
     "The class whose mean is nearest to each feature. Raises ValueError on a wrong shape or NaN."
     means = as_rows(means, "means")
-    return _answers(H, means, _nearest_rule(means))[0]
+    return _answers(H, means.device, *_nearest_rule(means))[0]
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #8149deb7
 def _answers(
     H: Tensor,  # (N, D) features, or an array
-    rows: Tensor,  # (K, D) what they are compared with
-    *rules: Callable[[Tensor], Tensor],  # (B, D) -> (B,)
-) -> list[Tensor]:  # (N,) for each rule
+    device: torch.device,  # where to compute
+    centre: Tensor | None,  # as in `_decisions`
+    *rules: tuple,  # as in `_decisions`
+) -> tuple[Tensor, ...]:  # (N,) for each rule
     "The answers of each rule, in one pass over the features. Raises ValueError on a wrong shape or NaN."
-    H, answers, size = as_features(H, rows.shape[1]), [], sum(rows.shape)  # size of a feature and its scores
+    (K, D), decide = rules[0][0].shape, _decisions(centre, *rules)
+    H, size = as_features(H, D), D + K * len(rules)  # of a feature and its scores
     B = max(1, 2**18 // size, min(512, 2**22 // size))  # 1 MB, or 512 rows, but never more than 16 MB in float32
-    for h in H.split(B):
-        if not h.sum().isfinite() and not h.isfinite().all():
-            raise ValueError("features hold NaN or infinity: expected finite numbers; did the training diverge?")
-        answers.append([rule(h.to(rows.device)) for rule in rules])
-    return [torch.cat(a) for a in zip(*answers, strict=True)]
+    return torch.cat([decide(h.to(device)) for h in H.split(B)]).T.contiguous().unbind()
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #be5ec0d4
 def classifier_decision(
@@ -120,12 +129,17 @@ def classifier_decision(
 ) -> Tensor:  # (N,) int64: argmax_c (W h + b)_c, the smallest such c on a tie
     "The classifier's answer for each feature, as in float64. Raises ValueError on a wrong shape or NaN."
     W = as_rows(W, "W")
-    return _answers(H, W, _classifier_rule(W, as_bias(b, W)))[0]
+    return _answers(H, W.device, None, _classifier_rule(W, as_bias(b, W)))[0]
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #968ae4e8
-def _classifier_rule(W: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:  # of (K, D) and (K,), float64
+def _classifier_rule(
+    W: Tensor,  # (K, D) float64
+    b: Tensor,  # (K,) float64
+    centre: Tensor | None = None,  # (D,) float64, subtracted from the features
+) -> tuple:  # a rule
     "argmax_c (W h + b)_c, as a rule."
-    return _rule(W - W.mean(0), b - b.mean(), None, lambda h: (h.double() @ W.T + b).argmax(1))
+    rows, t = W - W.mean(0), b - b.mean()
+    return rows, t if centre is None else t + rows @ centre, lambda h: (h.double() @ W.T + b).argmax(1)
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #314af046
 def both_decisions(
@@ -139,7 +153,8 @@ def both_decisions(
     W = as_rows(W, "W", means.device)
     if W.shape != means.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the class means {tuple(means.shape)}: expected (K, D) of both")
-    return tuple(_answers(H, means, _classifier_rule(W, as_bias(b, W)), _nearest_rule(means)))
+    centre, nearest = _nearest_rule(means)
+    return _answers(H, means.device, centre, _classifier_rule(W, as_bias(b, W), centre), nearest)
 
 # %% ../../nbs/geometry/50_nearest_centre.ipynb #1086e002
 def nc4_disagreement(

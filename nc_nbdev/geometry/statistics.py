@@ -143,7 +143,7 @@ def _add_batch(self: ClassStatistics, H, y):
 def _parts(H: Tensor, y: Tensor, dtype=torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
     "Parts of features (views, not copies) and their labels, as long as suits a copy of that dtype."
     rows = max(2 * H.shape[1], 2**18 // H.shape[1]) // dtype.itemsize
-    if dtype == torch.float32: rows *= min(torch.get_num_threads(), 4)  # of features in memory, where a part is little
+    if dtype == torch.float32: rows = max(512, rows * min(torch.get_num_threads(), 4))  # in memory, a part is little
     return zip(H.split(rows), y.split(rows), strict=True)
 
 def _differences(H: Tensor, y: Tensor, centres: Tensor, dtype=torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,8 +157,8 @@ def _differences(H: Tensor, y: Tensor, centres: Tensor, dtype=torch.float64) -> 
         yield x, c
 
 # %% ../../nbs/geometry/10_statistics.ipynb #f3bbce65
-def _check_batch(H, y, K, D, device):
-    "Features and labels as plain tensors on the device, or a ValueError that says what was seen."
+def _check_batch(H, y, K, D, device, finite=True):
+    "Features and labels as plain tensors on the device, or a ValueError; `finite=False` looks at no feature."
     H, y = as_tensor(H, "H (features)"), as_tensor(y, "y (labels)")
     if H.ndim != 2 or (D is not None and H.shape[1] != D):
         want = "(B, D)" if D is None else f"(B, {D})"
@@ -173,10 +173,14 @@ def _check_batch(H, y, K, D, device):
     H, y = H.to(device), y.to(device, torch.int64)
     if len(y) and (y.min() < 0 or y.max() >= K):
         raise ValueError(f"labels run from {y.min()} to {y.max()}: expected 0..{K - 1}; check num_classes")
+    return _check_finite(H) if finite else H, y
+
+def _check_finite(H):
+    "The features, or a ValueError that counts the rows that hold NaN or infinity."
     if not H.sum().isfinite() and (bad := (~H.isfinite()).any(1)).any():  # finite float16 may have an infinite sum
         raise ValueError(f"{int(bad.sum())} of {len(H)} feature rows hold NaN or infinity, the first is row "
                          f"{int(bad.nonzero()[0])}: did the training diverge?")
-    return H, y
+    return H
 
 # %% ../../nbs/geometry/10_statistics.ipynb #f5bbfe60
 def as_tensor(
@@ -279,7 +283,7 @@ def from_features(
     "Statistics of features in memory. Raises ValueError on what `update` refuses, and when there are no samples."
     K, _, _ = _check_sizes(num_classes, 1, within)
     H = as_tensor(H, "H (features)")
-    H, y = _check_batch(H, y, K, None, H.device)
+    H, y = _check_batch(H, y, K, None, H.device, finite=False)
     if not H.numel():
         raise ValueError(f"features have shape {tuple(H.shape)}: expected at least one sample of length >= 1")
     if weighting not in (None, "class", "sample"):
@@ -289,7 +293,7 @@ def from_features(
     sizes = y.bincount(minlength=K).clamp(min=1) if one_pass and weighting == "class" else None
     self = cls(K, H.shape[1], within if one_pass else "trace", sizes, device)
     if one_pass or not (_coarse(H) and self._read_coarse(H, y)):
-        self._add_batch(H.to(device), y.to(device))
+        self._add_batch(_check_finite(H).to(device), y.to(device))
     self.within = within
     if within == "full" and not one_pass: self._features = [_Features(H, y)]
     return self

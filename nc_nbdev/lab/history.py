@@ -83,7 +83,7 @@ def matched(
     *conditions: str,        # a treatment, and its controls
     measure: str | None = None,   # that is compared, default all there are
 ) -> np.ndarray:             # (seeds,): 1, or NaN
-    "1 for seeds with which all conditions, or layers, reach the same epoch. Raises `ValueError` for other seeds."
+    "1 where all conditions, or layers, reach one epoch, and no seed is a copy. Raises `ValueError` for other seeds."
     part = history if measure is None else history[history.measure == measure]
     last = lambda rows: rows.groupby(["seed", "layer"], dropna=False).epoch.max().groupby("seed")
     found = [last(part[_is(part.condition, c)]) for c in conditions]
@@ -91,7 +91,18 @@ def matched(
     seeds = {c: [*end.index] for c, end in zip(conditions, ends, strict=True)}
     if any(s != seeds[conditions[0]] for s in seeds.values()):
         raise ValueError(f"the seeds of conditions that are compared differ, {seeds}: measure each with the same seeds")
-    return np.where(np.all([end == ends[0] for end in ends], axis=0), 1.0, np.nan)
+    trained = history[history.measure == "accuracy"]
+    ends += [by for c in conditions if len(by := last(trained[_is(trained.condition, c)]).max())]
+    same = np.all([end.reindex(ends[0].index) == ends[0] for end in ends], axis=0)
+    copied = set().union(*(_copied(history[_is(history.condition, c)]) for c in conditions))
+    return np.where(same & [seed not in copied for seed in ends[0].index], 1.0, np.nan)
+
+def _copied(history):
+    "Seeds of a condition whose train features have the numbers of another seed."
+    part = history[history.measure.isin(("train_variance", "nc1_trace"))]
+    part = part.sort_values(["measure", "layer", "epoch"], kind="stable").groupby("seed").value
+    numbers = part.agg(lambda v: v.to_numpy().tobytes())
+    return {*numbers.index[numbers.duplicated(keep=False)]}
 
 # %% ../../nbs/lab/10_history.ipynb #a46ca985
 def value_at(

@@ -12,10 +12,12 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from scipy.stats import chi2_contingency
 from ..lab.claims import Statement
 from ..lab.figures import epoch_axis, plot_measure
-from ..lab.history import curves, final, matched, tpt_start
-from ..lab.studies import Measured, histories, study
+from ..lab.history import as_history, curves, final, matched, tpt_start
+from ..lab.studies import Measured, condition_runs, recorded, study
 from .train_vs_test import above_guessing, all_conditions, by_variant, of_variant, stays, weak_decay
 from ..vision.recipes import image_base
 
@@ -38,6 +40,18 @@ def _conditions(true):
     return {"true labels": true, "random labels": random, "random labels, weak decay": weak_decay(random)}
 
 # %% ../../nbs/paper/10_random_labels.ipynb #5c7480c1
+_TIE = "p of no tie to the true labels"
+
+def _label_tie(
+    run,                # with its data
+    condition: str,     # its name
+) -> pd.DataFrame:      # a history of one row
+    "The p-value of Pearson's test that train labels do not depend on the true ones: tiny for labels only renamed."
+    data = run.data
+    table = pd.crosstab(data.train_labels.numpy(), data.clean_train_labels.numpy())
+    row = dict(epoch=0, split="train", layer="", measure=_TIE, value=chi2_contingency(table).pvalue)
+    return as_history([row], run.folder.name, run.recipe.seed, condition)
+
 def _numbers(history, num_classes):
     "Values and control values of every claim."
     true, random, weak = "true labels", "random labels", "random labels, weak decay"
@@ -48,6 +62,9 @@ def _numbers(history, num_classes):
     guessed, weakly, taught = (end("accuracy", "test", c, log=False) for c in (random, weak, true))
     guesses = lambda a: (above_guessing(a, num_classes) <= 1) & (num_classes * a >= 0.5)    # renamed classes: far below
     apart = curves(history, "train_variance", "train", condition=random).iloc[0].to_numpy() > CLAIMS[0].bar
+    if (history.measure == _TIE).any():
+        free = np.all([curves(history, _TIE, condition=c).iloc[0] > 1e-6 for c in (random, weak)], axis=0)
+        apart = apart & free
     random_at_all = guesses(guessed) & guesses(weakly) & apart & (above_guessing(taught, num_classes) >= 1)
     train, strong = ({c: end(m, split, c) for c in (random, weak)}
                      for m, split in (("train_variance", "train"), ("strong_test_variance", "test")))
@@ -77,7 +94,9 @@ def run_random_labels(
     progress=True,   # show bars
 ):
     "Study 2: train collapse with random labels."
-    history = histories(all_conditions(settings, _conditions), settings, progress)
+    runs = condition_runs(all_conditions(settings, _conditions), settings, progress)
+    ties = [_label_tie(run, name) for name, group in runs.items() for run in group if run.recipe.label_noise]
+    history = pd.concat([recorded(runs), *ties], ignore_index=True)
     K = lambda recipe: recipe.data(settings.data_dir).num_classes
     measured = by_variant(settings, lambda v, r: _numbers(of_variant(history, v), K(r)))
     figure = _figure(of_variant(history, ""), K(image_base(settings)))

@@ -199,9 +199,12 @@ def _numbers(history):
     same = [matched(history, *_DECAYS, measure=m) for m in (PROBE, "nc1_trace")]
     nc1 = [final(curves(history, "nc1_trace", "train", condition=c), log=True) for c in _DECAYS]
     dose = np.max(nc1, axis=0) >= 2 * np.min(nc1, axis=0)            # else all collapsed alike
+    dose &= (np.diff(np.sort(nc1, axis=0), axis=0) > 0).all(axis=0)  # else one run is there twice
     fitted = np.where(fitted & dose, np.prod(same, axis=0) * has_learned(history, *_DECAYS), np.nan)
     over_decays = lambda measure, last: _rank_correlations(nc1, [at_end(measure, c, last) for c in _DECAYS])
-    return found | {"6a": (over_decays(PROBE, LAST) * fitted, over_decays("accuracy", 3))}
+    control = over_decays("accuracy", 3)
+    if not control.any(): control = np.full_like(control, np.nan)    # it is the same at all decays, and cannot follow
+    return found | {"6a": (over_decays(PROBE, LAST) * fitted, control)}
 
 # %% ../../nbs/paper/20_training_longer.ipynb #5cd1563e
 def _figure(history, pixels):
