@@ -164,7 +164,7 @@ def test_threshold(problem):
     below, above = problem.at_strength(0.999 / K), problem.at_strength(1.001 / K)
     assert below.strength == pytest.approx(0.999 / K) and 0 < ce.ce_minimum(below).margin < 0.01 * K
     assert ce.ce_minimum(above).weight_norm == 0 and ce.ce_minimum(above).loss == pytest.approx(math.log(K))
-    unbiased = lambda p: mse.mse_minimum(replace(p, lb=math.inf)).weight_norm
+    unbiased = lambda p: mse.mse_minimum(replace(p, lb=math.inf, loss="mse")).weight_norm
     assert unbiased(above) == 0 < unbiased(below)
     assert ce.lowest_curvature_at_zero(below) < 0 < ce.lowest_curvature_at_zero(above)
 
