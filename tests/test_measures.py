@@ -403,3 +403,14 @@ def test_a_score_that_may_overflow_is_looked_at_again(dtype):
     t, norm = torch.tensor([[0.0, 3.395e38]]), rows.float().norm(dim=1).amax()[None]
     unsure = nearest_centre._largest(x, rows[None], t, norm, t[:, 1])[1]
     assert unsure.all()
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-85, 1e78, 1e150])
+@pytest.mark.parametrize("K, D", [(4, 3), (means.TILE + 5, 3), (means.TILE + 5, means.TILE)])
+def test_shape_of_tiny_and_huge_rows(K, D, scale):
+    rows = torch.randn(K, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert means.nc2_etf(rows * scale, centred=False) == pytest.approx(means.nc2_etf(rows, centred=False), rel=1e-9)
+    if K == 4:
+        gram = rows @ rows.T
+        assert means.gram_distance(gram * scale, simplex_gram(K)) == pytest.approx(
+            means.gram_distance(gram, simplex_gram(K)), rel=1e-9)

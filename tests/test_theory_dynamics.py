@@ -351,3 +351,21 @@ def test_images_are_not_taken_for_classes(helped_by, expected, monkeypatch):
 def test_claims_of_theory_are_exploratory_and_name_their_source(page):
     assert all(s.source and not s.primary for s in page.CLAIMS)
     assert len({s.id for s in page.CLAIMS}) == len(page.CLAIMS)
+
+
+def test_values_out_of_range_are_errors():
+    with pytest.raises(ValueError, match="larger denominator"): tb.two_point_classes(0.0004)
+    with pytest.raises(ValueError, match="larger denominator"): tb.two_point_classes(0.4999)
+    with pytest.raises(ValueError, match="cdnv >= 0"): tb.gaussian_few_shot_error(-0.1, 4, 5)
+    assert tb.gaussian_few_shot_error(0.0, 4, 5) == 0
+    for values in ([1.0], [1e-30, 1e-31]):
+        with pytest.raises(ValueError, match="two or more"): pb.largest_rise(torch.tensor(values))
+
+
+def test_two_points_err_in_a_share_of_one_minus_x_of_their_bound():
+    "So this part of T9a is an identity."
+    for share in (0.002, 0.1):
+        H, y = tb.two_point_classes(share)
+        means = ClassStatistics.from_features(H, y, num_classes=2).means
+        ratio = (1 - ncc_accuracy(H, y, means)) / tb.few_shot_bound(tb.class_cdnv(H, y), 2, None)
+        assert ratio == pytest.approx(1 - share, rel=1e-6)

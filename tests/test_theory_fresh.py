@@ -153,6 +153,16 @@ def test_a_network_that_does_not_fit_its_labels_has_no_depth(steps, depth, monke
     assert (statement.claim([6, 6, found] * 2, [0, 0, 1] * 2).verdict == "not measured") == (steps == 0)
 
 
+def test_rates_of_losses_need_two_samples_and_know_two_classes():
+    with pytest.raises(ValueError, match="per_class=1"): ol.loss_rate(ol.LOSSES["focal"], Problem(per_class=1, lb=0.0))
+    for loss in ol.LOSSES.values(): assert ol.loss_rate(loss, Problem(2, 3, 3, 0.01, 0.002, 0.0)) == 0.002
+
+
+def test_contrastive_losses_stay_on_their_device():
+    H, y = torch.randn(6, 3, device="meta"), torch.zeros(6, dtype=torch.long, device="meta")
+    assert ol.contrastive_losses(H, y).device.type == "meta"
+
+
 # one letter, one meaning
 
 NBS = Path(__file__).parents[1] / "nbs"

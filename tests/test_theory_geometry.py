@@ -264,3 +264,20 @@ def test_bad_problems_are_errors():
     with pytest.raises(ValueError, match="nothing to merge"): mino.critical_ratio(3, 1, 5, 0.01)
     with pytest.raises(ValueError, match="apart at the first"):
         mino.locate_merging(lambda r: mino.peeled([10 * r] * 2 + [10] * 2, 5e-3, 5e-3), slice(2, None), (1, 2))
+
+
+def test_oversampling_has_a_threshold_of_its_own():
+    "A feature that pays when it is drawn pays N / K times as much as one class once."
+    counts, drawn = [80] * 3 + [10] * 3, 45
+    edge = 1 / (6 * math.sqrt(drawn))
+    for relative in (0.8, 1.2):
+        same = mino.peeled(counts, relative * edge, relative * edge * drawn, cost="class", reweighted=True)
+        assert set(mino.merges(same)) == {relative > 1}
+        found = mino.descend_batches(counts, relative * edge, starts=1).W[0].detach().norm().item()
+        assert found == pytest.approx(mino.minimum(same).W.norm().item(), rel=0.02, abs=1e-3)
+
+
+def test_rates_and_shapes_that_do_not_exist_are_errors():
+    with pytest.raises(ValueError, match="per_class=1"): nm.variability_rate(nm.on_spheres(4, 5))
+    with pytest.raises(ValueError, match="per_class=1"): nm.measured_rate(nm.on_spheres(4, 5))
+    with pytest.raises(ValueError, match="positive number for every class"): mino.seli_gram([10, 0, 5])

@@ -164,7 +164,7 @@ def test_threshold(problem):
     below, above = problem.at_strength(0.999 / K), problem.at_strength(1.001 / K)
     assert below.strength == pytest.approx(0.999 / K) and 0 < ce.ce_minimum(below).margin < 0.01 * K
     assert ce.ce_minimum(above).weight_norm == 0 and ce.ce_minimum(above).loss == pytest.approx(math.log(K))
-    unbiased = lambda p: mse.mse_minimum(replace(p, lb=math.inf)).weight_norm
+    unbiased = lambda p: mse.mse_minimum(replace(p, lb=math.inf, loss="mse")).weight_norm
     assert unbiased(above) == 0 < unbiased(below)
     assert ce.lowest_curvature_at_zero(below) < 0 < ce.lowest_curvature_at_zero(above)
 
@@ -302,3 +302,53 @@ def test_bad_input():
     with pytest.raises(ValueError, match="no nonzero"): deep.deep_minimum(deep.deep_problem(2, 2.0), nonzero=True)
     with pytest.raises(ValueError, match="free bias"): deep.deep_minimum(replace(deep.deep_problem(2), lb=1.0))
     with pytest.raises(ValueError): free.worst_measure(FreeFeatures(Problem(), scale=0.0).measures()[0])
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(tau=2.0), dict(dim=2), dict(lw=0.0), dict(lh=0.0), dict(hidden=((6, 0.1),)), dict(costs=(1, 1, 1, 2)),
+    dict(shares=(0.4, 0.3, 0.2, 0.1)), dict(sphere=True, lb=math.inf)])
+@pytest.mark.parametrize("minimum, loss", [(ce.ce_minimum, "ce"), (mse.mse_minimum, "mse")])
+def test_closed_forms_refuse_what_they_do_not_cover(minimum, loss, wrong):
+    problem = Problem(loss=loss).at_strength(0.05)
+    minimum(replace(problem, shares=(0.25,) * 4, costs=(1,) * 4))  # equal classes, spelt out
+    with pytest.raises(ValueError, match="closed form is for|dim=2"): minimum(replace(problem, **wrong))
+    with pytest.raises(ValueError, match="closed form is for"):
+        minimum(replace(problem, loss="mse" if loss == "ce" else "ce"))
+
+
+def test_closed_forms_where_one_dimension_less_is_enough():
+    narrow = Problem(dim=3, loss="mse").at_strength(0.05)
+    with pytest.raises(ValueError, match="rank 4"): mse.mse_minimum(replace(narrow, lb=math.inf))
+    free_bias = replace(narrow, lb=0.0)
+    solution = mse.mse_solution(free_bias)
+    assert largest_gradient(solution) < 1e-12
+    assert solution().item() == pytest.approx(mse.mse_minimum(free_bias).loss, rel=1e-12)
+    for gone, minimum in ((Problem(dim=1), ce.ce_minimum), (Problem(dim=1, loss="mse"), mse.mse_minimum)):
+        assert minimum(gone.at_strength(0.3)).weight_norm == 0  # beyond the threshold the minimum is zero in any dim
+
+
+def test_rate_within_classes_needs_two_samples_and_knows_two_classes():
+    with pytest.raises(ValueError, match="per_class=1"): ce.nc1_rate(Problem(per_class=1))
+    with pytest.raises(ValueError, match="K = 2 <= D"): ce.nc1_rate(Problem(2, 1))
+    two = Problem(2, 3, 3, 0.01, 0.002, math.inf)
+    matrix = free.hessian(ce.ce_solution(two))
+    within = torch.kron(eye(2), torch.kron(eye(3) - 1 / 3, eye(3)))  # moves features against their class mean
+    within = torch.block_diag(within, torch.zeros(len(matrix) - len(within), len(matrix) - len(within)))
+    values = torch.linalg.eigvalsh((within @ matrix @ within + (eye(len(matrix)) - within)).double())
+    assert values.min().item() == pytest.approx(ce.nc1_rate(two), rel=1e-9)
+
+
+def test_models_move_to_another_device_whole():
+    model = FreeFeatures(Problem(lb=math.inf)).to("meta")
+    assert model.b.device.type == "meta" and model().device.type == "meta"
+
+
+def test_descent_says_where_the_loss_is_no_number():
+    cold = FreeFeatures(Problem(3, 2, 1, lb=math.inf, sphere=True, tau=2000.0), seed=3)
+    with torch.no_grad():
+        for A in (cold.H, cold.W): A.copy_(torch.nn.functional.normalize(simplex_etf(3, 2).double()))
+    with pytest.raises(ValueError, match="at step 0"): free.descend(cold, [1], 0.1, objective=lambda m: m().log())
+
+
+def test_a_construction_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="no point of this form"): deep.low_rank_solution(5, 2, 0.95)

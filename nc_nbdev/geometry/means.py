@@ -134,7 +134,7 @@ def simplex_distance(
     B: Tensor,  # (K, D) float64
 ) -> float:  # 0 (A B^T is a positive multiple of the simplex's) to 2
     "`gram_distance(A @ B.T, simplex_gram(K))`, some rows at a time. Raises ValueError when A B^T is zero."
-    K = len(A)
+    K, A, B = len(A), _moderate(A), _moderate(B)
     if K <= TILE: return gram_distance(A @ B.T, simplex_gram(K))
     if K > 2 * A.shape[1]: return _distance_by_traces(A, B)
     norm = sum((rows @ B.T).square().sum() for rows in A.split(TILE)).sqrt()
@@ -158,7 +158,13 @@ def gram_distance(
     target = target.to(gram)
     if not gram.any() or not target.any():
         raise ValueError("all rows are zero (the class means coincide): there is no shape to compare")
+    gram, target = _moderate(gram), _moderate(target)
     return (gram / gram.norm() - target / target.norm()).norm().item()
+
+
+def _moderate(A):
+    "A divided by a power of two near its largest entry: every digit stays, and no square is too large or too small."
+    return A / 2.0 ** (math.frexp(A.abs().max().item())[1] - 1)
 
 # %% ../../nbs/geometry/30_means.ipynb #990276ef
 def _distance_by_traces(A, B):

@@ -169,9 +169,11 @@ def descend_batches(
 
 # %% ../../nbs/theory/40_minority_collapse.ipynb #9b481b07
 def seli_gram(
-    counts: Sequence[float],  # (K,) samples a class
+    counts: Sequence[float],  # (K,) samples a class, positive
 ) -> Tensor:  # (K, K) float64
-    "W W^T of the simplex-encoded-labels geometry, up to scale (Thrampoulidis et al. 2022, 2208.05512)."
+    """W W^T of the simplex-encoded-labels geometry, up to scale (Thrampoulidis et al. 2022, 2208.05512).
+    Raises `ValueError` for a class without samples."""
+    if not len(counts) or min(counts) <= 0: raise ValueError(f"{counts=}: expected a positive number for every class")
     n = torch.as_tensor(counts, dtype=torch.float64)
     C = torch.eye(len(n), dtype=torch.float64) - 1 / len(n)
     values, vectors = torch.linalg.eigh(C @ torch.diag(n) @ C)
@@ -194,7 +196,9 @@ CLAIMS = (
     Statement("T4b", "Small classes merge at the ratio where sqrt(n_B) = lambda N", "|located ratio / predicted - 1|",
               at_most=0.01, interval="range", reason="bisection locates it to 0.3 %",
               source="derived here, after Hong, Ling 2023, 2309.09725", control="the formula for a penalty per class"),
-    Statement("T4c", "Oversampling gives the simplex back (80 and 10 samples, features pay when drawn)", "nc2_etf of W",
+    Statement("T4c", "Oversampling gives the simplex back (80 and 10 samples, features pay when drawn, "
+              "below the threshold)",
+              "nc2_etf of W",
               at_most=1e-3, interval="range", reason="three digits", source="Fang et al. 2021, 2101.12699",
               control="the same samples, each drawn equally often"),
     Statement("T4d", "Oversampled with a penalty at every step the large classes merge, at n_A = 1/(lambda K)^2",

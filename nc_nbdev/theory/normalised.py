@@ -43,10 +43,11 @@ def smallest_loss(
 def variability_rate(
     problem: Problem,  # on spheres, with n >= 2
 ) -> float:  # the smallest curvature of the loss in the directions within a class
-    "The rate at which within-class deviations decay near the simplex (derived here). Raises `ValueError` for small D."
+    "The rate at which deviations within classes decay near the simplex. Raises `ValueError` for small D or n."
     K, D, tau = problem.num_classes, problem.dim, problem.tau
     least = max(K - 1, 2)  # two classes on a line cannot move
     if D < least: raise ValueError(f"dim={D}: a simplex of {K} classes that can move needs at least {least}")
+    if problem.per_class < 2: raise ValueError("per_class=1: one feature does not leave its mean, expected n >= 2")
     q = 1 / (math.exp(tau * K / (K - 1)) + K - 1)  # probability of a wrong class
     return tau * q / problem.per_class * (1 if D >= K else 1 + tau / (K - 1))
 

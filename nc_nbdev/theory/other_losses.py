@@ -112,11 +112,13 @@ def to_neighbour(
 # %% ../../nbs/theory/55_other_losses.ipynb #ab962df3
 def loss_rate(
     loss: Callable,    # as in `loss_minimum`
-    problem: Problem,  # with 3 <= K <= D+1
+    problem: Problem,  # with 3 <= K <= D+1 or K = 2 <= D, and n >= 2
 ) -> float:            # per unit of time (steps times learning rate)
     "The rate at which deviations within classes vanish in the end. Raises `ValueError` where there is none."
     K = problem.num_classes
-    if K < 3 or problem.dim < K - 1: raise ValueError(f"loss_rate holds for 3 <= K <= D+1, got K={K}, D={problem.dim}")
+    if problem.dim < max(K - 1, 2):
+        raise ValueError(f"loss_rate holds for 3 <= K <= D+1 and for K = 2 <= D, got K={K}, D={problem.dim}")
+    if problem.per_class < 2: raise ValueError("per_class=1: one feature does not leave its mean, expected n >= 2")
     if not (end := loss_minimum(loss, problem)).margin: raise ValueError("decay is so strong that all vanishes")
     if problem.dim >= K: return problem.lh
     return problem.lh * (1 + end.curvature * end.margin / (K * problem.strength))
@@ -140,7 +142,7 @@ def contrastive_losses(
     tau: float = 1.0,    # inverse temperature
 ) -> Tensor:             # (.., N)
     "The supervised contrastive loss of each sample against all others (Khosla et al. 2020, 2004.11362)."
-    others = ~torch.eye(len(y), dtype=torch.bool)
+    others = ~torch.eye(len(y), dtype=torch.bool, device=H.device)
     same = (y[:, None] == y) & others  # (N, N)
     log_share = (tau * H @ H.mT).masked_fill(~others, -math.inf).log_softmax(-1)
     return -torch.where(same, log_share, 0.0).sum(-1) / same.sum(-1)

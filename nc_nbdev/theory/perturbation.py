@@ -61,10 +61,12 @@ def path_nc1(
 
 # %% ../../nbs/theory/60_perturbation.ipynb #dd0f3408
 def largest_rise(
-    values: Tensor,  # (T,) positive
+    values: Tensor,  # (T,) positive, at least two of them before the first below 1e-20
 ) -> float:
-    "The largest rise of log(values) above its lowest value so far: at most 0 for a sequence that never rises."
+    """The largest rise of log(values) above its lowest value so far: at most 0 for a sequence that never rises.
+    Raises `ValueError` for fewer than two values."""
     values = values[: int((values > 1e-20).long().cumprod(0).sum())]      # below, deviations are rounding errors
+    if len(values) < 2: raise ValueError(f"{len(values)} values before the first below 1e-20: expected two or more")
     return float((values[1:] / values.cummin(0).values[:-1]).log().max())
 
 # %% ../../nbs/theory/60_perturbation.ipynb #17b9640d

@@ -1,4 +1,4 @@
-"""If classes are small compared with their distance, a few examples suffice to tell them apart: a bound, with the best constant for two classes and known centres. Whether classes that were *not* in training are small is another question; on digits they are not.
+"""If classes are small compared with their distance, a few examples suffice to tell them apart: a bound, with the best constant for two classes and known centres. Whether classes that were *not* in training are small is another question. It is measured on digits.
 
 The error of the nearest-centre rule with a few examples, bounded by the CDNV (Galanti, György, Hutter 2021, arXiv 2112.15121): `few_shot_bound`, the distribution whose error comes to it as the CDNV goes to 0 (`two_point_classes`), and the exact error for Gaussian classes (`gaussian_few_shot_error`); `run_transfer_bound` compares source and unseen classes of a network."""
 
@@ -48,6 +48,9 @@ def two_point_classes(
     "Two classes on a line whose error attains Cantelli's bound. Raises `ValueError` for a share out of range."
     if not 0 < share < 0.5: raise ValueError(f"{share=}: expected a share between 0 and 1/2")
     ones = round(share * denominator)
+    if not 0 < 2 * ones < denominator:
+        raise ValueError(f"{share=} of {denominator} samples is {ones}: expected 1 or more, and less than half, "
+                         "take a larger denominator")
     half = 0.5 + 1e-9                                          # a little beyond the boundary, so that a tie is an error
     x = torch.full((denominator,), -ones / (denominator - ones) * half, dtype=torch.float64)
     x[:ones] = half                                                    # class 0 has mean 0, class 1 mean 1
@@ -59,8 +62,11 @@ def gaussian_few_shot_error(
     dim: int,  # D
     shots: int,  # n
 ) -> float:  # 0 to 1
-    "Exact nearest-centre error for two isotropic Gaussian classes of equal variance."
+    """Exact nearest-centre error for two isotropic Gaussian classes of equal variance. Raises `ValueError` for values
+    out of range."""
     from scipy.stats import ncx2, norm
+    if cdnv < 0 or dim < 1 or shots < 1: raise ValueError(f"{cdnv=}, {dim=}, {shots=}: expected cdnv >= 0, others >= 1")
+    if cdnv == 0: return 0.0                                           # all samples are at their means
     sigma = (cdnv / dim) ** 0.5                                        # Delta = 1
     s_x, s_r = sigma * (1 + 0.5 / shots) ** 0.5, sigma * (2 / shots) ** 0.5
     plus, minus = ((0.5 / s_x + sign / s_r) ** 2 / 2 for sign in (1, -1))

@@ -22,7 +22,15 @@ from torch import Tensor
 from ..geometry.etf import simplex_etf
 from ..lab.claims import Statement
 from ..lab.studies import Measured, study
-from .free_features import FreeFeatures, Problem, descend, start_groups, starts, worst_measure
+from nc_nbdev.theory.free_features import (
+    FreeFeatures,
+    Problem,
+    descend,
+    require_plain,
+    start_groups,
+    starts,
+    worst_measure,
+)
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #533eea96
 @dataclass(frozen=True)
@@ -35,11 +43,15 @@ class Minimum:
 
 
 def ce_minimum(
-    problem: Problem,  # its K, n, lw, lh, with dim >= K-1
+    problem: Problem,  # of `require_plain`, with dim >= K-1 below the threshold
 ) -> Minimum:
-    "Closed form: s = log(1/strength - (K-1)), or 0 beyond the threshold K strength = 1 (Zhu et al. 2021, 2105.02375)."
+    """Closed form: s = log(1/strength - (K-1)), or 0 beyond the threshold K strength = 1 (Zhu et al. 2021, 2105.02375).
+    Raises `ValueError` for another kind of problem, and where the simplex does not fit."""
+    require_plain(problem, "ce")
     K, strength = problem.num_classes, problem.strength
     s = math.log(1 / strength - (K - 1)) if K * strength < 1 else 0.0
+    if s and problem.dim < K - 1:
+        raise ValueError(f"dim={problem.dim}: a simplex of {K} classes needs at least {K - 1}")
     loss = math.log1p((K - 1) * math.exp(-s)) + strength * (K - 1) * s
     norm = math.sqrt((K - 1) * s * math.sqrt(problem.per_class * problem.lh / problem.lw))
     return Minimum(s, loss, norm, norm * math.sqrt(problem.lw / problem.lh))
@@ -63,11 +75,13 @@ def lowest_curvature_at_zero(
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #e7aed960
 def nc1_rate(
-    problem: Problem,  # with 3 <= K <= D+1, below the threshold
+    problem: Problem,  # with 3 <= K <= D+1 or K = 2 <= D, and n >= 2, below the threshold
 ) -> float:            # per unit of time (steps times learning rate)
     "The rate r at which deviations within classes vanish in the end. Raises `ValueError` where there is none."
     K = problem.num_classes
-    if K < 3 or problem.dim < K - 1: raise ValueError(f"nc1_rate holds for 3 <= K <= D+1, got K={K}, D={problem.dim}")
+    if problem.dim < max(K - 1, 2):
+        raise ValueError(f"nc1_rate holds for 3 <= K <= D+1 and for K = 2 <= D, got K={K}, D={problem.dim}")
+    if problem.per_class < 2: raise ValueError("per_class=1: one feature does not leave its mean, expected n >= 2")
     if K * problem.strength >= 1: raise ValueError(f"K strength = {K * problem.strength:.3g}: from 1 on all vanishes")
     return problem.lh * (1.0 if problem.dim >= K else 1 + ce_minimum(problem).margin / K)
 
@@ -126,7 +140,7 @@ CLAIMS = (
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #26444ac9
 def _ends(problem, groups):
     "The worst measure and the largest logits over each group of starts."
-    norm = ce_minimum(problem).weight_norm
+    norm = ce_minimum(replace(problem, dim=problem.num_classes)).weight_norm  # also where the simplex does not fit
     def end(model):
         if norm == 0: return {}
         if model.logits().norm() < 1e-2: return dict(worst=1.0)      # | |W|/predicted - 1 |: it vanished

@@ -24,7 +24,15 @@ from ..geometry.means import gram_distance
 from ..geometry.statistics import ClassStatistics
 from ..lab.claims import Statement
 from ..lab.studies import Measured, study
-from .free_features import FreeFeatures, Problem, descend, start_groups, starts, worst_measure
+from nc_nbdev.theory.free_features import (
+    FreeFeatures,
+    Problem,
+    descend,
+    require_plain,
+    start_groups,
+    starts,
+    worst_measure,
+)
 
 # %% ../../nbs/theory/50_unconstrained_mse.ipynb #638b33e7
 @dataclass(frozen=True)
@@ -39,26 +47,34 @@ class MseMinimum:
 
 
 def mse_minimum(
-    problem: Problem,  # with dim >= K, or K-1 where x0 = 0
+    problem: Problem,  # of `require_plain`, with dim >= K, or K-1 where x0 = 0
 ) -> MseMinimum:
-    "Soft thresholds: x = (1 - K strength)+, x0 = (1 - K strength / c)+ with c = lb/(1+lb), 1 without bias."
+    """Soft thresholds: x = (1 - K strength)+, x0 = (1 - K strength / c)+ with c = lb/(1+lb), 1 without bias.
+    Raises `ValueError` for another kind of problem, and where the singular values do not fit into dim."""
+    require_plain(problem, "mse")
     K, strength, lb = problem.num_classes, problem.strength, problem.lb
     c = 1 - 1 / (1 + lb)  # 1 for lb = inf
     x, x0 = max(0.0, 1 - K * strength), max(0.0, 1 - K * strength / c) if c > 0 else 0.0
+    if problem.dim < (needed := (K - 1) * (x > 0) + (x0 > 0)):
+        raise ValueError(f"dim={problem.dim}: this minimum of {K} classes has rank {needed}, expected at least as much")
     loss = (K - 1) * ((1 - x) ** 2 / (2 * K) + strength * x) + c * (1 - x0) ** 2 / (2 * K) + strength * x0
     norm = math.sqrt(math.sqrt(problem.per_class * problem.lh / problem.lw) * ((K - 1) * x + x0))
     return MseMinimum(x, x0, (1 - x0) / (K * (1 + lb)), loss, norm, norm * math.sqrt(problem.lw / problem.lh))
 
 # %% ../../nbs/theory/50_unconstrained_mse.ipynb #4a1f9596
 def mse_solution(
-    problem: Problem,  # with dim >= K
+    problem: Problem,  # as for `mse_minimum`
 ) -> FreeFeatures:
-    "A global minimiser: W is the symmetric square root of its Gram matrix, padded to D columns; h_i follows from it."
+    """A global minimiser: W is the symmetric square root of its Gram matrix, padded to D columns (for D < K the same,
+    turned into D columns); h_i follows from it. Raises as `mse_minimum`."""
     K, n, m = problem.num_classes, problem.per_class, mse_minimum(problem)
     ones = torch.full((K, K), 1 / K, dtype=torch.float64)
     root = math.sqrt(m.simplex) * (torch.eye(K, dtype=torch.float64) - ones) + math.sqrt(m.common) * ones  # (K, K)
+    if problem.dim < K:  # then root has this rank at most: its largest singular vectors are enough
+        values, vectors = torch.linalg.eigh(root)
+        root = (vectors * values)[:, -problem.dim :]
     W = torch.zeros(K, problem.dim, dtype=torch.float64)
-    W[:, :K] = (n * problem.lh / problem.lw) ** 0.25 * root
+    W[:, : root.shape[1]] = (n * problem.lh / problem.lw) ** 0.25 * root
     return FreeFeatures.at(problem, math.sqrt(problem.lw / (n * problem.lh)) * W.repeat_interleave(n, 0), W, b=m.bias)
 
 # %% ../../nbs/theory/50_unconstrained_mse.ipynb #eb1e02cc
@@ -163,7 +179,7 @@ CLAIMS = (
               "largest error of a singular value / sqrt(n), lb from 0.1 to 5",
               "the formula without the bias, for the same ends", at_most=1e-3, interval="log-t",
               source="derived here, a case of Zhou et al. 2022, 2203.01238"),
-    Statement("T5d", "From a small start NC1 falls at the rate 2/(K sqrt(n)), before the loss does",
+    Statement("T5d", "From a small start NC1 falls at the rate 2/(K sqrt(n)) between steps 40 and 80",
               "| rate/predicted - 1 |", "a start of size 1", at_most=0.02, interval="log-t",
               source="derived here, after Mixon et al. 2020, 2011.11619"),
     Statement("T5e", "On the central path K^2 log zeta + K zeta^2 + zeta^4/4 = K t/N + const",
