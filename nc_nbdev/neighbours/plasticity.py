@@ -109,8 +109,8 @@ CLAIMS = (
               at_least=float(np.arctanh(0.5)), source=_BONIFAZI, reason="r = 0.5"),
     Statement("nh4", "Holding collapse back keeps plasticity",
               "accuracy of the last 5 tasks, minus that without the term",
-              "the same for the first 5 tasks", at_least=0.1, interval="expanded", source="ours; the abstract has it for the first task",
-              reason="a tenth of all samples"))
+              "the same for the first 5 tasks", at_least=0.1, interval="expanded",
+              source="ours; the abstract has it for the first task", reason="a tenth of all samples"))
 
 # %% ../../nbs/neighbours/60_plasticity.ipynb #79698725
 def _conditions():
