@@ -39,7 +39,7 @@ Modules:
 - `nc_nbdev.neighbours.long_tailed`: When some classes have few samples the class means are no simplex, and small classes are seldom answered. Two regularisers, a fixed head and a loss against it, for anyone's training.
 - `nc_nbdev.neighbours.margins`: All train samples are right, and training goes on. The margin grows and test accuracy may grow with it: is that why training longer helps?
 - `nc_nbdev.neighbours.plasticity`: A network that is trained on one task after another learns new tasks worse and worse. Does it collapse less, too?
-- `nc_nbdev.neighbours.regression`: Networks that predict numbers collapse too: to as many directions as there are numbers, in the last layer and below.
+- `nc_nbdev.neighbours.regression`: Networks that predict numbers collapse too: in the last layer, to as many directions as there are numbers. And below it?
 - `nc_nbdev.paper.cascade`: Do the layers before the last collapse too, how much, and in what order?
 - `nc_nbdev.paper.random_labels`: With random labels there is nothing to learn. Do train features collapse all the same?
 - `nc_nbdev.paper.tetrahedron`: Four classes, three dimensions: a picture of collapse that you can turn with the mouse.

@@ -24,7 +24,7 @@ from nc_nbdev.lab.settings import Settings
 from nc_nbdev.neighbours.apparatus import SystemRecipe, collapse_ratio, relu_network
 from nc_nbdev.neighbours.feature_collapse import ConceptTask, one_example_accuracy
 from nc_nbdev.neighbours.long_tailed import DotRegressionLoss, FixedSimplexHead, LongTailed, NCRegulariser
-from nc_nbdev.neighbours.regression import RegressionTask, minimise_regression, regression_minimum
+from nc_nbdev.neighbours.regression import RegressionTask, _unexplained, minimise_regression, regression_minimum
 
 
 def blobs(n=60, K=3, dim=8, spread=0.5, seed=0):
@@ -414,3 +414,47 @@ def test_a_report_on_regression_is_compared_escaped_and_says_what_it_lacks():
     assert "<script>" not in html and "&lt;script&gt;" in html
     with pytest.raises(ValueError, match="train_dl is a generator, which can be read once"):
         measure_regression(model, (batch for batch in [(X, Y)]))
+
+
+# --- halves, single classes, frozen heads
+
+
+def test_collapse_ratio_of_one_class_is_refused_and_halves_do_not_overflow():
+    H, y = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+    with pytest.raises(ValueError, match="two or more"): collapse_ratio(H, y * 0, 2)
+    half = (20 * H).half().requires_grad_()
+    found = collapse_ratio(half, y, 2)
+    found.backward()
+    assert found.item() == pytest.approx(collapse_ratio(20 * H, y, 2).item(), rel=1e-2)
+    assert half.grad.isfinite().all()
+
+
+def test_regulariser_before_training_with_new_classes_and_with_halves():
+    frame, y = simplex_etf(4, 16).float(), torch.arange(40) % 4
+    H = frame[y] + 0.1 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    least = NCRegulariser(4, 16)(H, y).item()
+    assert NCRegulariser(4, 16).eval()(H, y).item() == pytest.approx(least)
+    penalty = NCRegulariser(4, 16)
+    penalty(H[y < 3], y[y < 3])
+    assert penalty.eval()(H, y).item() == pytest.approx(least, rel=1e-3)       # class 3 is new
+    assert NCRegulariser(4, 16)((H + 500).half(), y % 2).isfinite()
+
+
+def test_a_fixed_head_is_reset_to_its_simplex():
+    head = FixedSimplexHead(16, 4, scale=3.0, seed=1)
+    before = head.weight.clone()
+    with torch.no_grad(): head.weight.zero_()
+    head.reset_parameters()
+    assert torch.equal(head.weight, before) and not head.weight.requires_grad
+    assert torch.allclose(before.norm(dim=1), torch.full((4,), 3.0))
+
+
+def test_regression_minimum_needs_decay_and_a_dropped_direction_is_seen():
+    Y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match="lw"): regression_minimum(Y, 0.1, 0.0)
+    with pytest.raises(ValueError, match="lh"): regression_minimum(Y, -0.1, 0.1)
+    _, Q = torch.linalg.eigh(torch.cov(Y.T))
+    assert _unexplained(Y, Y) == pytest.approx(0, abs=1e-6)
+    assert _unexplained(Y @ Q[:, 1:] @ Q[:, 1:].T, Y) == pytest.approx(1, rel=1e-5)
+    flat = Y[:, [0, 1, 1]]                                                    # two directions
+    assert _unexplained(0.5 * flat, flat) == pytest.approx(0.25, rel=1e-5)

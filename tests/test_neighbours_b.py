@@ -71,6 +71,19 @@ def test_regular_graphs_are_regular(seed, K, n, data):
     torch.testing.assert_close(A @ F.one_hot(y, K).float(), expected)
 
 
+def test_regular_graphs_are_mixed_and_not_rings():
+    "The third eigenvalue of a ring with random shifts is far from that of a random regular graph."
+    y = labels(2, 100)
+    for seed in range(3):
+        edges = gr.regular_graph(y, 12, 2, seed)
+        A = torch.zeros(200, 200, dtype=torch.float64).index_put((*edges,), torch.ones((), dtype=torch.float64))
+        assert torch.linalg.eigvalsh((A + A.T) / 14)[-3] < 0.6
+
+
+def test_shares_that_are_not_symmetric_are_refused():
+    with pytest.raises(ValueError, match="symmetric"): gr.graph_minimum(torch.tensor([[0.9, 0.1], [0.3, 0.7]]), 0.1)
+
+
 @quick
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
 def test_the_sparse_mean_is_the_dense_one(seed, p, q):
@@ -213,6 +226,14 @@ def test_gradient_products_are_those_of_jacobians(seed):
         h = model[:k](x).detach()
         J = torch.stack([torch.autograd.functional.jacobian(model[k:], row[None])[0, :, 0] for row in h])
         torch.testing.assert_close(found[name], torch.einsum("nkd,nke->de", J, J) / 6)
+
+
+def test_frozen_matrices_are_left_out_and_nested_layers_are_refused():
+    x, y = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3).requires_grad_(False))
+    assert list(co.feature_equation(model, F.cross_entropy(model(x), y), 0.1)) == ["0.weight"]
+    nested = nn.Sequential(nn.Sequential(nn.Linear(5, 7), nn.ReLU()), nn.Linear(7, 3))
+    with pytest.raises(ValueError, match="0.0"): co.gradient_products(nested, x)
 
 
 # --- grokking

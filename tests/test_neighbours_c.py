@@ -105,6 +105,12 @@ def test_memorisation_is_a_position_between_two_means():
     with pytest.raises(ValueError, match="class"): ln.memorisation(H[1:], labels[1:], true[1:])
 
 
+def test_memorisation_of_a_label_without_right_samples_is_refused():
+    H = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="2"): ln.memorisation(H, torch.tensor([0, 1, 0, 1, 0, 2]),
+                                                               torch.tensor([0, 1, 0, 1, 0, 1]))
+
+
 def test_noisy_digits_keep_the_right_labels():
     noisy, clean = (ln.NoisyDigits(seed=3, removed=r).tensors(None)["train"] for r in (False, True))
     wrong = noisy[1] != noisy[2]
@@ -230,6 +236,14 @@ def test_merging_keeps_different_units_and_stops_at_the_threshold():
     with pytest.raises(ValueError, match="between 0 and 1"): fc.iterative_merging(*few, -0.1)
 
 
+def test_equal_units_far_from_the_origin_are_merged_first_and_halves_are_read():
+    A = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + 100
+    rows = torch.cat([A, A])
+    assert (fc._distances(rows)[torch.arange(40), torch.arange(40) + 40] == 0).all()
+    merged, _ = fc.iterative_merging(torch.eye(4).repeat(2, 1).half(), torch.ones(2, 8).half(), 0.0)
+    assert len(merged) == 4
+
+
 def test_complexity_is_where_the_accuracy_falls():
     few, many, x = copied(4, 3, True, 1)
     steps = {k: 1.0 if k >= 4 else 0.995 if k >= 3 else 0.5 for k in range(1, 13)}
@@ -274,6 +288,14 @@ def test_episodes_have_ten_images_of_each_of_five_letters():
         assert queries.tolist() == [c for c in range(5) for _ in range(5)]
     again = [x for x, _ in recipe.batches((X, y), 1)]
     assert torch.equal(again[-1], x) and not torch.equal(again[0], again[1])
+
+
+def test_accuracy_among_five_classes_does_not_depend_on_how_many_there_are():
+    y = torch.arange(20).repeat(60)
+    H = 5 * torch.eye(20)[y] + 1.5 * torch.randn(1200, 20, generator=torch.Generator().manual_seed(0))
+    many, few = fs._five_way(H, y), fs._five_way(H[y < 6], y[y < 6])
+    assert many == pytest.approx(few, abs=0.03) and many < 1
+    assert fs._five_way(torch.eye(20)[y], y) == 1
 
 
 # --- plasticity

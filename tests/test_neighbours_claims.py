@@ -60,6 +60,7 @@ def test_grokking(monkeypatch, claim, expected, changes):
 # --- language models
 
 FALLS, RISES, WAVERS = (4.5, 4.2, 3.8, 3.5), (3.5, 3.8, 4.2, 4.5), (3.5, 4.5, 3.4, 4.4)      # by width
+HALVES = (4.5, 3.5, 2.8, 2.0)
 
 
 def language(untrained=WAVERS, trained=FALLS, shuffled=WAVERS):
@@ -81,6 +82,8 @@ def language(untrained=WAVERS, trained=FALLS, shuffled=WAVERS):
     ("nd1", "fails", dict(trained=RISES)),
     ("nd2", "fails", dict(trained=WAVERS)),
     ("nd3", "fails", dict(trained=RISES)),
+    ("nd6", "holds", dict(shuffled=HALVES)),
+    ("nd6", "control passes", dict(shuffled=HALVES, untrained=HALVES)),    # before training, too
 ])
 def test_language_models(monkeypatch, claim, expected, changes):
     assert verdict(monkeypatch, lm, lm.run_language_models, language(**changes), claim) == expected
@@ -116,6 +119,17 @@ def test_unseen_letters_fall_less(monkeypatch, expected, unseen, test):
     splits = dict(train=(4.0, 0.1), test=test, unseen=unseen)
     world = {("nc1_trace", split, "features"): lambda c, pair=pair: pair for split, pair in splits.items()}
     assert verdict(monkeypatch, fs, fs.run_few_shot, world, "nj4") == expected
+
+
+@pytest.mark.parametrize("expected, wide, narrow", [
+    ("holds", (4.0, 0.5), (8.0, 4.0)),
+    ("fails", (1.0, 0.5), (8.0, 4.0)),                                     # a smaller end, and no larger fall
+])
+def test_falls_of_two_widths_are_compared(monkeypatch, expected, wide, narrow):
+    ends = {"episodes, width 16": wide, "episodes, width 2": narrow}
+    world = {("nc1_trace", split, "features"): lambda c: (2.0, 1.0) for split in ("test", "unseen")}
+    world["nc1_trace", "train", "features"] = lambda c: ends.get(c, (2.0, 1.0))
+    assert verdict(monkeypatch, fs, fs.run_few_shot, world, "nj2") == expected
 
 
 # --- complexity of features

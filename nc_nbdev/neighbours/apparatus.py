@@ -208,9 +208,12 @@ def collapse_ratio(
     y: Tensor,          # (N,) labels in 0..K-1; classes without a sample are left out
     num_classes: int,   # K
 ) -> Tensor:            # a scalar, with a gradient
-    "tr S_W / tr S_B, all classes with the same weight: `nc1_trace` that can be a part of a loss."
+    "`nc1_trace` for a loss: tr S_W / tr S_B, classes with the same weight. Raises `ValueError` for a single class."
+    H = H if H.dtype == torch.float64 else H.float()                      # sums of halves overflow
     one_hot = F.one_hot(y, num_classes).to(H.dtype)                       # (N, K)
     one_hot = one_hot[:, one_hot.any(0)]
+    if one_hot.shape[1] < 2:
+        raise ValueError(f"{len(y)} labels of {one_hot.shape[1]} class: expected two or more; leave the batch out")
     share = one_hot / one_hot.sum(0)
     means = share.T @ H                                                   # (K, D)
     within = (share * ((H - one_hot @ means) ** 2).sum(1, keepdim=True)).sum() / share.shape[1]

@@ -29,9 +29,9 @@ def feature_equation(
     loss: Tensor,       # scalar, the mean loss of `model` without the decay, with its graph
     decay: float,       # lambda > 0: the objective has lambda/2 |W|^2
 ) -> dict[str, tuple[Tensor, Tensor]]:   # name of a matrix -> W^T W and -W^T grad / lambda, both (D, D)
-    "Both sides of the equation for every weight matrix of a network. Raises `ValueError` unless the decay is positive."
+    "Both sides of the equation for every trained weight matrix. Raises `ValueError` unless the decay is positive."
     if decay <= 0: raise ValueError(f"decay is {decay}: expected a positive number, the equation divides by it")
-    named = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    named = {name: p for name, p in model.named_parameters() if p.ndim == 2 and p.requires_grad}
     gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
     both = ((p.detach().double(), g.double()) for p, g in zip(named.values(), gradients, strict=True))
     return {name: (W.T @ W, -W.T @ g / decay) for name, (W, g) in zip(named, both, strict=True)}
@@ -51,10 +51,13 @@ def duality_error(
 
 # %% ../../nbs/neighbours/50_convergence.ipynb #3c753a40
 def gradient_products(
-    model: nn.Sequential,   # layers
+    model: nn.Sequential,   # layers, each linear one a direct child
     x: Tensor,              # (N, ...) inputs
 ) -> dict[str, Tensor]:     # name of a matrix -> (D, D)
-    "The mean over samples of J^T J, J the Jacobian of the output in the input of each linear layer."
+    "Mean of J^T J, J the output's Jacobian in a linear layer's input. Raises `ValueError` for nested layers."
+    direct = {id(layer) for layer in model.children()}
+    nested = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in direct]
+    if nested: raise ValueError(f"linear layers {nested} are inside others: expected one nn.Sequential; unpack it")
     inputs, h = {}, x
     with torch.enable_grad():
         for name, layer in model.named_children():

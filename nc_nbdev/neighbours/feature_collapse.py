@@ -220,26 +220,26 @@ def one_example_accuracy(
 
 # %% ../../nbs/neighbours/10_feature_collapse.ipynb #e06487fa
 _paper = "Laurent, von Brecht, Bresson 2023, abstract and public code of 2305.16162"
-_third, _half = "a third of the concepts' distance from the centre", "half of the concepts' distance from the centre"
+_third = "a third of the concepts' distance from the centre"
 CLAIMS = (
     Statement("na1", "Words of a concept get one vector where all words are equally frequent",
               "nc1_trace of the words at the end", "Zipf's law", at_most=0.1, interval="log-t", source=_paper,
               reason=_third),
     Statement("na2", "and with Zipf's law where the vectors are normalised", "nc1_trace of the words at the end",
-              "Zipf's law without LayerNorm", at_most=0.25, interval="log-t", source=_paper, reason=_half),
-    Statement("na3", "Collapse goes with generalisation: LayerNorm helps on new sentences",
+              "Zipf's law without LayerNorm", at_most=0.1, interval="log-t", source=_paper, reason=_third),
+    Statement("na3", "Vectors of one length go with generalisation: LayerNorm helps on new sentences",
               "test accuracy with LayerNorm minus without, Zipf's law", "all words equally frequent",
               at_least=0.1, source=_paper, reason="fifteen standard errors of an accuracy of 6000 sentences"),
     Statement("na4", "With Zipf's law and many sentences directions collapse and lengths do not (type II)",
-              "nc1_trace of the words / that of their directions", "all words equally frequent, five sentences",
+              "nc1_trace of the words / that of their directions", "all words equally frequent, as many sentences",
               at_least=100, interval="log-t", source=_paper, reason="ten times the spread"),
     Statement("na5", "Gradient descent on fresh sentences ends at the predicted lengths",
               "largest relative error of a length", "one length for all words", at_most=0.05, interval="log-t",
               source="ours, from the paper's type II", reason="what a finite number of steps and batches leave"),
-    Statement("na6", "Where words are not collapsed, sentences with rare words are understood worse",
+    Statement("na6", "Where rare words have short vectors, sentences with them are understood worse",
               "test accuracy, frequent third minus rare third", "with LayerNorm", at_least=0.1,
               source="ours, after the abstract of Fu et al. 2020", reason="six standard errors of the difference"),
-    Statement("na7", "Collapsed vectors serve a new task, with one example a class",
+    Statement("na7", "Vectors of one length serve a new task, with one example a class",
               "accuracy with LayerNorm minus without, Zipf's law", "all words equally frequent", at_least=0.3,
               source="ours, after the abstract of Zhu et al. 2021", reason="from most answers wrong to most right"))
 
@@ -251,7 +251,8 @@ def _conditions(settings):
         base = ConceptTask(synonyms=400, length=15, classes=1000, dim=100, decay=1e-3, lr=0.1, epochs=200)
     return {"uniform": replace(base, zipf=False), "zipf": base, "zipf, LayerNorm": replace(base, layer_norm=True),
             "uniform, LayerNorm": replace(base, zipf=False, layer_norm=True),
-            "zipf, many": replace(base, per_class=100), "endless": ENDLESS}
+            "zipf, many": replace(base, per_class=100), "uniform, many": replace(base, per_class=100, zipf=False),
+            "endless": ENDLESS}
 
 
 def _length_error(run, flat=False):
@@ -268,7 +269,8 @@ def _figure(runs):
         recipe, H = runs[name][0].recipe, runs[name][0].model().words().detach()
         plane = (H @ torch.linalg.svd(H - H.mean(0), full_matrices=False)[2][:2].T).view(recipe.concepts, -1, 2)
         for j, xy in enumerate(plane): ax.plot(*xy.T, "o", color=f"C{j}", markersize=4, alpha=0.5, markeredgewidth=0)
-        ax.set(title=name, xlabel="first direction", ylabel="second direction"); ax.set_aspect("equal")
+        ax.set(title=name, xlabel="first direction", ylabel="second direction")
+        ax.set_aspect("equal", adjustable="datalim")
     return fig
 
 # %% ../../nbs/neighbours/10_feature_collapse.ipynb #09e30e27
@@ -291,7 +293,7 @@ def run_feature_collapse(
         found = {"na1": (end("uniform", "nc1_trace"), end("zipf", "nc1_trace")),
                  "na2": (end("zipf, LayerNorm", "nc1_trace"), end("zipf", "nc1_trace")),
                  "na3": (gain(accuracy, "zipf"), gain(accuracy, "uniform")),
-                 "na4": (spread("zipf, many"), spread("uniform")),
+                 "na4": (spread("zipf, many"), spread("uniform, many")),
                  "na5": (each("endless", _length_error), each("endless", lambda r: _length_error(r, True))),
                  "na6": (gap("zipf"), gap("zipf, LayerNorm")),
                  "na7": (gain(one, "zipf"), gain(one, "uniform"))}

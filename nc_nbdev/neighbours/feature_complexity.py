@@ -43,7 +43,11 @@ def iterative_merging(
     return A, B
 
 
-def _distances(rows): return torch.cdist(rows, rows).square().fill_diagonal_(torch.inf)
+def _distances(rows):
+    "Squared distances (J, J), in float32 at least, exactly 0 for equal rows; infinite on the diagonal."
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().fill_diagonal_(torch.inf)
+
 def _closest(cost): return divmod(int(cost.argmin()), len(cost))
 
 # %% ../../nbs/neighbours/80_feature_complexity.ipynb #b3cbf70a
@@ -89,6 +93,7 @@ class WideDigits(SystemRecipe):
     measure_points: int = 2
     width: int = 128
     random_labels: bool = False
+    version = 2           # units are compared without rounding of large weights
 
     def tensors(self, data_dir):
         data = load_dataset("digits", data_dir, seed=self.seed)

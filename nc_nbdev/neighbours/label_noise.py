@@ -44,12 +44,12 @@ def positive_margin(
 # %% ../../nbs/neighbours/65_label_noise.ipynb #7d848c3c
 def memorisation(
     H: Tensor,       # (N, D) features
-    labels: Tensor,  # (N,) those that were trained on
+    labels: Tensor,  # (N,) those that were trained on, in 0..K-1
     true: Tensor,    # (N,) the right ones, in 0..K-1; every class has a sample whose label is right
 ) -> Tensor:         # (samples with a wrong label,)
     "Where wrong samples sit between their true class (0) and their label (1). Raises `ValueError` for an empty class."
     right = labels == true
-    stats = ClassStatistics.from_features(H[right], true[right], num_classes=int(true.max()) + 1)
+    stats = ClassStatistics.from_features(H[right], true[right], num_classes=int(torch.maximum(labels, true).max()) + 1)
     stats.require_samples()
     origin, path = stats.means[true[~right]], (stats.means[labels] - stats.means[true])[~right]
     return ((H[~right] - origin) * path).sum(1) / path.square().sum(1)

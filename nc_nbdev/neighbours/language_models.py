@@ -150,7 +150,7 @@ CLAIMS = (
     Statement("nd5", "NC1 falls in training", "CDNV before training / at the end, largest width", "shuffled corpus",
               at_least=2, interval="log-t", source="abstract of 2405.17767", reason="a clear factor"),
     Statement("nd6", "Where nothing can be learnt, uniformity improves with width all the same",
-              "GNC2 at the smallest width / at the largest, shuffled corpus", "validation loss of the same runs",
+              "GNC2 at the smallest width / at the largest, shuffled corpus", "the same models before training",
               at_least=1.5, interval="log-t", source="ours", reason="a clear factor"),
 )
 
@@ -178,10 +178,12 @@ def run_language_models(
     untrained = lambda measure: along(measure, epoch=0)
     grows = lambda corpus: value(corpus, widths[-1], "nc4_agreement") - value(corpus, widths[0], "nc4_agreement")
     fall = lambda corpus: value(corpus, widths[-1], "cdnv", 0) / value(corpus, widths[-1], "cdnv")
-    shrinks = lambda measure: value("shuffled", widths[0], measure) / value("shuffled", widths[-1], measure)
+    def shrinks(epoch):
+        small, large = (value("shuffled", D, "uniformity_dispersion", epoch) for D in (widths[0], widths[-1]))
+        return small / large
     return Measured({
         "nd1": (along("cdnv"), untrained("cdnv")),
         "nd2": (along("uniformity_dispersion"), untrained("uniformity_dispersion")),
         "nd3": (along("duality_dispersion"), along("duality_dispersion", "shuffled")),
         "nd4": (grows("language"), grows("shuffled")), "nd5": (fall("language"), fall("shuffled")),
-        "nd6": (shrinks("uniformity_dispersion"), shrinks("loss"))}, history)
+        "nd6": (shrinks(-1), shrinks(0))}, history)

@@ -51,12 +51,14 @@ class NCRegulariser(nn.Module):
         "The penalty. Raises `ValueError` for features of another length."
         if H.shape[1:] != self.means.shape[1:]:
             raise ValueError(f"features have shape {tuple(H.shape)}: expected (B, {self.means.shape[1]})")
+        H = H if H.dtype == torch.float64 else H.float()                          # sums of halves overflow
         one_hot = F.one_hot(y, len(self.means)).to(H.dtype)                       # (B, K)
         counts = one_hot.sum(0)
         here = counts > 0
         batch = one_hot.T @ H / counts.clamp(min=1)[:, None]                      # (K, D)
         if self.training: self._follow(batch.detach(), here)
-        spread = ((H - self.means[y]) ** 2).sum(1) / counts[y] / len(self.means)
+        centres = torch.where(self.seen[:, None], self.means, batch.detach())     # a new class has no running mean
+        spread = ((H - centres[y]) ** 2).sum(1) / counts[y] / len(self.means)
         means = torch.where(here[:, None], batch, self.means)[here | self.seen]
         return self.within * spread.sum() - self.between * _nearest_angle(means)
 
@@ -84,8 +86,14 @@ class FixedSimplexHead(nn.Linear):
         scale: float = 4.0,    # length of the rows
         seed: int = 0,         # of the rotation
     ):
+        self.scale, self.seed = scale, seed            # first, as `nn.Linear` resets its parameters when it is made
         super().__init__(dim, num_classes, bias=False)
-        self.weight = nn.Parameter(scale * simplex_etf(num_classes, dim, seed=seed).float(), requires_grad=False)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        "Put the simplex back."
+        self.weight.copy_(self.scale * simplex_etf(self.out_features, self.in_features, seed=self.seed))
 
 # %% ../../nbs/neighbours/70_long_tailed.ipynb #7d9c1114
 class DotRegressionLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""Networks that predict numbers collapse too: to as many directions as there are numbers, in the last layer and below.
+"""Networks that predict numbers collapse too: in the last layer, to as many directions as there are numbers. And below it?
 
 Collapse in regression (Andriopoulos et al. 2409.04180, Rangamani and Unal 2603.23805): the minimum of the model with free features in closed form (`regression_minimum`) and by descent (`minimise_regression`), a network on several targets (`RegressionTask`), and the study (`run_regression`). The measures are in `geometry.regression`."""
 
@@ -31,7 +31,8 @@ def regression_minimum(
     lh: float,   # lambda_H
     lw: float,   # lambda_W
 ) -> Tensor:     # (n, n)
-    "W W^T at the minimum with free features: the soft threshold of the root of the targets' covariance."
+    "W W^T at the minimum with free features: a soft threshold. Raises `ValueError` for decays out of range."
+    if lh < 0 or lw <= 0: raise ValueError(f"{lh=}, {lw=}: expected lh >= 0 and lw > 0; W has no bound else")
     values, Q = torch.linalg.eigh(torch.cov(Y.double().T, correction=0).reshape(Y.shape[1], -1))
     kept = (values.clamp(min=0).sqrt() - (lh * lw) ** 0.5).clamp(min=0)
     return (lh / lw) ** 0.5 * (Q * kept) @ Q.T
@@ -72,6 +73,7 @@ class RegressionTask(SystemRecipe):
     epochs: int = 30
     lr: float = 0.02
     weight_decay: float = 5e-3
+    version = 2                  # what is left of each direction of the targets is measured
 
     def tensors(self, data_dir=None):
         if self.dataset == "digits": return _digit_targets(data_dir, self.seed)
@@ -112,6 +114,13 @@ def alignment(
     return torch.linalg.svdvals(V @ stats.principal_directions()).mean().item()
 
 
+def _unexplained(Z, Y):
+    "The largest share of the variance of a principal direction of the targets that predictions (N, n) leave."
+    values, Q = torch.linalg.eigh(torch.cov(Y.double().T, correction=0))
+    some = values > 1e-6 * values.max()                          # there may be fewer directions than targets
+    return (((Y - Z).double() @ Q[:, some]).var(0, correction=0) / values[some]).max()
+
+
 @patch
 def measures(
     self: RegressionTask,
@@ -122,6 +131,7 @@ def measures(
     train = []
     for split, (x, y) in batches.items():
         yield split, "output", "mse", self.loss(model, x, y) * 2
+        if split == "train": yield split, "output", "unexplained", _unexplained(model(x), y)
         for i in range(self.depth):
             x, after, layer = model[2 * i:2 * i + 2](x), model[2 * i + 2].weight, f"hidden {i + 1}"
             stats = RegressionStatistics.from_features(x, y)
@@ -152,7 +162,8 @@ def _conditions():
     "Condition -> recipe."
     four = RegressionTask(depth=4)
     return {"decay": four, "no decay": replace(four, weight_decay=0.0),
-            "six layers": RegressionTask(), "six layers, no decay": RegressionTask(weight_decay=0.0),
+            "six layers": RegressionTask(weight_decay=1e-3), "six layers, no decay": RegressionTask(weight_decay=0.0),
+            "six layers, strong decay": RegressionTask(),
             "digits": replace(four, dataset="digits", weight_decay=1e-3)}
 
 
@@ -182,6 +193,8 @@ def run_regression(
     end = lambda measure, layer, condition: final(curves(history, measure, "train", layer, condition))
     pair = lambda measure, layer, name, other: (end(measure, layer, name), end(measure, layer, other))
     last, below = ("hidden 4", "decay", "no decay"), ("hidden 4", "six layers", "six layers, no decay")
-    found = {"nr1": pair("nrc1", *last), "nr2": pair("nrc2", *last), "nr3": pair("noise", *below),
-             "nr4": tuple(1 - values for values in pair("alignment", *below)), "nr5": pair("nrc3", *last)}
+    learnt = np.where(end("unexplained", "output", "six layers") <= 0.5, 1, np.nan)     # else a direction is dropped
+    noise, aligned = pair("noise", *below), pair("alignment", *below)
+    found = {"nr1": pair("nrc1", *last), "nr2": pair("nrc2", *last), "nr3": (learnt * noise[0], noise[1]),
+             "nr4": (learnt * (1 - aligned[0]), 1 - aligned[1]), "nr5": pair("nrc3", *last)}
     return Measured(found, history, {"regression": _figure(history)})
