@@ -147,7 +147,7 @@ def test_random_labels_hold_where_they_should():
     ("4a", "not measured", lambda: stopped(labels_world(**{WEAK: dict(train=0.03)}), WEAK, EPOCHS[-4])),
     ("4a", "not measured", lambda: stopped(labels_world(), TRUE, EPOCHS[-4])),
     ("4a", "not measured", lambda: labels_world(**{c: dict(test=0.0) for c in (RANDOM, WEAK)})),   # only renamed
-    ("4a", "not measured", lambda: tied(labels_world(), 1e-9)),                           # some classes keep their names
+    ("4a", "not measured", lambda: tied(labels_world(), 1e-9)),                           # not all classes renamed
     ("4a", "not measured", lambda: labels_world(**{WEAK: dict(test=0.98)})),              # a control with true labels
     ("4a", "not measured", lambda: labels_world().assign(value=lambda h: h.value.where(   # collapsed before training
         (h.condition != RANDOM) | (h.measure != "train_variance"), 0.02 + 0.001 * h.seed))),
