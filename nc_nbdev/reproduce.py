@@ -428,7 +428,8 @@ def register(
     if any(e["code"] == code for e in alike):
         raise ValueError(f"{file}: {settings.preset} is registered with this code already")
     for e in alike:
-        if {*e["studies"]} & {*names} and abs(e["first_seed"] - settings.first_seed) < max(e["seeds"], settings.seeds):
+        start, other = settings.first_seed, e["first_seed"]
+        if {*e["studies"]} & {*names} and start < other + e["seeds"] and other < start + settings.seeds:
             raise ValueError(f"{file}: seeds from {e['first_seed']} on were registered for {e['studies']} before: "
                              "expected seeds that nobody has looked at, as first_seed")
     with atomic(file) as draft: draft.write_text(json.dumps([*known, entry], indent=1) + "\n")

@@ -355,6 +355,17 @@ def test_kept_numbers_follow_from_the_kept_measurements(folder):
             assert claim.control_values == pytest.approx(list(control), rel=1e-5, abs=1e-6, nan_ok=True), id
 
 
+@pytest.mark.parametrize("first, seeds, free", [
+    (1000, 10, True), (1001, 10, False), (1010, 3, False), (1013, 3, False), (1014, 2, True), (1020, 30, True)])
+def test_seeds_of_a_new_design_may_stand_beside_those_of_an_old_one(tiny_project, monkeypatch, first, seeds, free):
+    command.register(command._settings(first_seed=1010, seeds=4), "random_labels")
+    monkeypatch.setattr(command, "code_hash", lambda names: "of today")
+    new = command._settings(first_seed=first, seeds=seeds)
+    if free: assert command.register(new, "random_labels")["first_seed"] == first
+    else:
+        with pytest.raises(ValueError, match="seeds from 1010 on were"): command.register(new, "random_labels")
+
+
 def test_a_confirmed_design_is_kept_once(tiny_project, monkeypatch):
     settings = command._settings(first_seed=1000, seeds=2)
     command.register(replace(settings, datasets=("templates-0.3",)), "random_labels")
