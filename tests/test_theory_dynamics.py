@@ -357,7 +357,7 @@ def test_values_out_of_range_are_errors():
     with pytest.raises(ValueError, match="larger denominator"): tb.two_point_classes(0.0004)
     with pytest.raises(ValueError, match="larger denominator"): tb.two_point_classes(0.4999)
     with pytest.raises(ValueError, match="cdnv >= 0"): tb.gaussian_few_shot_error(-0.1, 4, 5)
-    assert tb.gaussian_few_shot_error(0.0, 4, 5) == 0
+    for tiny in (0.0, 5e-324, 1e-12): assert tb.gaussian_few_shot_error(tiny, 4, 5) == 0
     for values in ([1.0], [1e-30, 1e-31]):
         with pytest.raises(ValueError, match="two or more"): pb.largest_rise(torch.tensor(values))
 

@@ -64,9 +64,11 @@ def gaussian_few_shot_error(
 ) -> float:  # 0 to 1
     """Exact nearest-centre error for two isotropic Gaussian classes of equal variance. Raises `ValueError` for values
     out of range."""
-    from scipy.stats import ncx2, norm
+    from scipy.stats import chi2, ncx2, norm
     if cdnv < 0 or dim < 1 or shots < 1: raise ValueError(f"{cdnv=}, {dim=}, {shots=}: expected cdnv >= 0, others >= 1")
     if cdnv == 0: return 0.0                                           # all samples are at their means
+    # for an error h must be farther than 1/2 from one of the means of n shots: rarer than any number of float64
+    if not chi2.sf(dim / (4 * cdnv * (1 + 1 / shots)), dim): return 0.0
     sigma = (cdnv / dim) ** 0.5                                        # Delta = 1
     s_x, s_r = sigma * (1 + 0.5 / shots) ** 0.5, sigma * (2 / shots) ** 0.5
     plus, minus = ((0.5 / s_x + sign / s_r) ** 2 / 2 for sign in (1, -1))
