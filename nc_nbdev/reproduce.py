@@ -423,10 +423,10 @@ def register(
                  seeds=settings.seeds, note=note,
                  runs=sorted(recipes.index),
                  statements=[asdict(s) for name in names for s in load_study(name).statements])
+    if any((e["scale"], e["code"], _part(e)) == (settings.preset, code, _part(entry)) for e in known):
+        raise ValueError(f"{file}: {settings.preset} is registered with this code already")   # or in a folder so named
     alike = [e for e in known if (e["scale"], e["datasets"], _overrides(e)) == (
         settings.preset, entry["datasets"], settings.overrides)]
-    if any(e["code"] == code for e in alike):
-        raise ValueError(f"{file}: {settings.preset} is registered with this code already")
     for e in alike:
         start, other = settings.first_seed, e["first_seed"]
         if {*e["studies"]} & {*names} and start < other + e["seeds"] and other < start + settings.seeds:

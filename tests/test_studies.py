@@ -355,6 +355,15 @@ def test_kept_numbers_follow_from_the_kept_measurements(folder):
             assert claim.control_values == pytest.approx(list(control), rel=1e-5, abs=1e-6, nan_ok=True), id
 
 
+def test_designs_that_would_share_a_folder_are_refused(tiny_project):
+    "An evaluation is named by the values of overrides: of 24 snapshots and 24 epochs it could not be told which."
+    settings = command._settings(first_seed=1000, seeds=2)
+    command.register(replace(settings, overrides={"snapshots": 24}), "random_labels")
+    with pytest.raises(ValueError, match="is registered with this code"):
+        command.register(replace(settings, overrides={"epochs": 24}), "random_labels")
+    command.register(replace(settings, overrides={"epochs": 25}), "random_labels")
+
+
 @pytest.mark.parametrize("first, seeds, free", [
     (1000, 10, True), (1001, 10, False), (1010, 3, False), (1013, 3, False), (1014, 2, True), (1020, 30, True)])
 def test_seeds_of_a_new_design_may_stand_beside_those_of_an_old_one(tiny_project, monkeypatch, first, seeds, free):
