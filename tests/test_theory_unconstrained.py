@@ -343,6 +343,15 @@ def test_models_move_to_another_device_whole():
     assert model.b.device.type == "meta" and model().device.type == "meta"
 
 
+@pytest.mark.parametrize("starts", [None, 3])
+def test_descent_stays_on_the_device_of_the_model(starts, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: torch.tensor(True))      # "meta" has no numbers
+    model = FreeFeatures(Problem(), starts=starts).to("meta")
+    for rate in (0.1, lambda model, loss: 0.1 / loss):
+        [end] = free.descend(model, [2], rate)
+        assert end.model.H.device.type == end.time.device.type == "meta"
+
+
 def test_descent_says_where_the_loss_is_no_number():
     cold = FreeFeatures(Problem(3, 2, 1, lb=math.inf, sphere=True, tau=2000.0), seed=3)
     with torch.no_grad():

@@ -302,7 +302,7 @@ def descend(
     objective: Callable | None = None,  # of the model, a number or (R,); default `model()`
 ) -> list[Snapshot]:
     "Gradient descent; on spheres with a retraction. Raises `ValueError` where the objective is not a finite number."
-    at, kept, time = set(at), [], torch.zeros(model.H.shape[:-2], dtype=torch.float64)
+    at, kept, time = set(at), [], model.H.new_zeros(model.H.shape[:-2], dtype=torch.float64)
     parts, objective = list(model.parameters()), objective or (lambda m: m())
     for step in range(max(at) + 1):
         if step in at: kept.append(Snapshot(step, time, deepcopy(model)))
@@ -312,7 +312,7 @@ def descend(
             raise ValueError(f"the objective is {loss.tolist()} at step {step}: expected finite numbers, take "
                              "smaller steps or (on spheres) a smaller tau")
         dt = rate(model, loss.detach()) if callable(rate) else rate
-        dt = torch.as_tensor(dt, dtype=torch.float64).expand(time.shape)
+        dt = torch.as_tensor(dt, dtype=time.dtype, device=time.device).expand(time.shape)
         for p, g in zip(parts, torch.autograd.grad(loss.sum(), parts), strict=True):
             _move(p, g, dt * (boost if p is model.H else 1), model.problem.sphere)
         time = time + dt
