@@ -3,6 +3,8 @@
 No test asserts the verdict of a trained network.
 """
 
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from nc_nbdev.lab.history import COLUMNS
 from nc_nbdev.lab.settings import Settings
 from nc_nbdev.neighbours import convergence as co
+from nc_nbdev.neighbours import feature_collapse as words_page
 from nc_nbdev.neighbours import feature_complexity as fc
 from nc_nbdev.neighbours import few_shot as fs
 from nc_nbdev.neighbours import grokking as gk
@@ -55,6 +58,28 @@ def grokking(nc1=None, **accuracies):
 ])
 def test_grokking(monkeypatch, claim, expected, changes):
     assert verdict(monkeypatch, gk, gk.run_grokking, grokking(**changes), claim) == expected
+
+
+# --- words and concepts
+
+
+@pytest.mark.parametrize("expected, words", [("holds", 0.6), ("not measured", 0.05)])      # lengths collapse, too
+def test_lengths_that_collapse_are_no_second_type(monkeypatch, expected, words):
+    def made(conditions, *_):
+        def history(c, seed):
+            nc1 = {"words": words if c == "zipf, many" else 1e-3, "directions": 1e-4}
+            rows = [("made", c, seed, e, "train", where, "nc1_trace", value ** (1 + seed / 100))
+                    for e in range(4) for where, value in nc1.items()]
+            rows += [("made", c, seed, e, "test", "output", "accuracy", 0.9) for e in range(4)]
+            return pd.DataFrame(rows, columns=list(COLUMNS))
+        return {c: [SimpleNamespace(history=history(c, s), model=lambda: None, recipe=None,
+                                    loaders=lambda: {"test": [()]}) for s in range(3)] for c in conditions}
+    monkeypatch.setattr(words_page, "condition_runs", made)
+    for name in ("rarity_gap", "one_example_accuracy", "_length_error"):
+        monkeypatch.setattr(words_page, name, lambda *_: 0.5)
+    for name in ("recorded", "_figure"): monkeypatch.setattr(words_page, name, lambda *_: None)
+    found = words_page.run_feature_collapse.measure(Settings(), False).values["na4"]
+    assert next(s for s in words_page.CLAIMS if s.id == "na4").claim(*found).verdict == expected
 
 
 # --- language models
