@@ -15,6 +15,7 @@ from nc_nbdev.neighbours import convergence as co
 from nc_nbdev.neighbours import feature_collapse as words_page
 from nc_nbdev.neighbours import feature_complexity as fc
 from nc_nbdev.neighbours import few_shot as fs
+from nc_nbdev.neighbours import graphs as gr
 from nc_nbdev.neighbours import grokking as gk
 from nc_nbdev.neighbours import language_models as lm
 
@@ -174,3 +175,28 @@ def test_units_are_merged(monkeypatch, claim, expected, digits, random, ifm):
     world = {(f"{name}_complexity", "train", f"layer{k}"): of for name, of in (("path", left), ("ifm", all_of))
              for k in (1, 2)}
     assert verdict(monkeypatch, fc, fc.run_feature_complexity, world, claim) == expected
+
+
+# --- graphs
+
+
+def graphs(regular=0.2, **accuracies):
+    "Networks that fit their graphs, and collapse further on regular ones; the changes break the world."
+    reached = {name.replace("_", " ").strip(): a for name, a in accuracies.items()}
+    nc1 = lambda c: (10.0, {"regular": regular, "no communities": 10.0}.get(c, 2.0))
+    depth = gr.CommunityGraphs().depth
+    return {("accuracy", "train", "output"): lambda c: (0.5, reached.get(c.partition(",")[0], 1.0)),
+            **{("nc1_trace", split, f"layer {n}"): nc1 for split in ("train", "test") for n in (1, depth)}}
+
+
+@pytest.mark.parametrize("claim, expected, changes", [
+    ("nb5", "holds", {}), ("nb6", "holds", {}),
+    ("nb5", "not measured", dict(communities=0.9)),
+    ("nb6", "fails", dict(regular=2.0)),
+    ("nb6", "not measured", dict(random_12=0.5)),                          # far from collapse, since nothing is learned
+    ("nb6", "not measured", dict(regular_=0.5)),
+])
+def test_graphs(monkeypatch, claim, expected, changes):
+    monkeypatch.setattr(gr, "_free_values", lambda seed, *_: (0.01, 0.1, 0.2, 0.3))
+    monkeypatch.setattr(gr, "_free_on_train_graphs", lambda recipe: 0.01 + recipe.seed / 1000)
+    assert verdict(monkeypatch, gr, gr.run_graphs, graphs(**changes), claim) == expected
