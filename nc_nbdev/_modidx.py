@@ -1230,6 +1230,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'nc_nbdev/neighbours/long_tailed.py'),
                                                  'nc_nbdev.neighbours.long_tailed.NCRegulariser._follow': ( 'neighbours/long_tailed.html#ncregulariser._follow',
                                                                                                             'nc_nbdev/neighbours/long_tailed.py'),
+                                                 'nc_nbdev.neighbours.long_tailed.NCRegulariser._penalty': ( 'neighbours/long_tailed.html#ncregulariser._penalty',
+                                                                                                             'nc_nbdev/neighbours/long_tailed.py'),
                                                  'nc_nbdev.neighbours.long_tailed.NCRegulariser.forward': ( 'neighbours/long_tailed.html#ncregulariser.forward',
                                                                                                             'nc_nbdev/neighbours/long_tailed.py'),
                                                  'nc_nbdev.neighbours.long_tailed._figure': ( 'neighbours/long_tailed.html#_figure',

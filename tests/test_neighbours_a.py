@@ -437,7 +437,11 @@ def test_regulariser_before_training_with_new_classes_and_with_halves():
     penalty = NCRegulariser(4, 16)
     penalty(H[y < 3], y[y < 3])
     assert penalty.eval()(H, y).item() == pytest.approx(least, rel=1e-3)       # class 3 is new
-    assert NCRegulariser(4, 16)((H + 500).half(), y % 2).isfinite()
+    far, y = (frame + 500).repeat(100, 1), torch.arange(400) % 4               # sums of a class are beyond halves
+    for half in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", half): mixed = NCRegulariser(4, 16)(far, y)
+        assert mixed.item() == pytest.approx(NCRegulariser(4, 16)(far, y).item(), rel=1e-3)
+    assert NCRegulariser(4, 16)(far.half(), y % 2).isfinite()
 
 
 def test_a_fixed_head_is_reset_to_its_simplex():

@@ -1,5 +1,6 @@
 """Graphs, language models, features at convergence and grokking: exact results, against independent computations."""
 
+import copy
 import math
 
 import numpy as np
@@ -226,6 +227,14 @@ def test_gradient_products_are_those_of_jacobians(seed):
         h = model[:k](x).detach()
         J = torch.stack([torch.autograd.functional.jacobian(model[k:], row[None])[0, :, 0] for row in h])
         torch.testing.assert_close(found[name], torch.einsum("nkd,nke->de", J, J) / 6)
+
+
+def test_gradient_products_pass_a_layer_that_is_there_twice():
+    torch.manual_seed(0)
+    x, same, tanh = torch.randn(6, 5).double(), nn.Linear(5, 5).double(), nn.Tanh()
+    twice = nn.Sequential(same, tanh, same, tanh, nn.Linear(5, 3).double())
+    found, expected = (co.gradient_products(model, x) for model in (twice, copy.deepcopy(twice[:2]) + twice[2:]))
+    for name in ("0.weight", "2.weight", "4.weight"): torch.testing.assert_close(found[name], expected[name])
 
 
 def test_frozen_matrices_are_left_out_and_nested_layers_are_refused():

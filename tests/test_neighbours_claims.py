@@ -3,6 +3,8 @@
 No test asserts the verdict of a trained network.
 """
 
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -10,8 +12,10 @@ import pytest
 from nc_nbdev.lab.history import COLUMNS
 from nc_nbdev.lab.settings import Settings
 from nc_nbdev.neighbours import convergence as co
+from nc_nbdev.neighbours import feature_collapse as words_page
 from nc_nbdev.neighbours import feature_complexity as fc
 from nc_nbdev.neighbours import few_shot as fs
+from nc_nbdev.neighbours import graphs as gr
 from nc_nbdev.neighbours import grokking as gk
 from nc_nbdev.neighbours import language_models as lm
 
@@ -55,6 +59,28 @@ def grokking(nc1=None, **accuracies):
 ])
 def test_grokking(monkeypatch, claim, expected, changes):
     assert verdict(monkeypatch, gk, gk.run_grokking, grokking(**changes), claim) == expected
+
+
+# --- words and concepts
+
+
+@pytest.mark.parametrize("expected, words", [("holds", 0.6), ("not measured", 0.05)])      # lengths collapse, too
+def test_lengths_that_collapse_are_no_second_type(monkeypatch, expected, words):
+    def made(conditions, *_):
+        def history(c, seed):
+            nc1 = {"words": words if c == "zipf, many" else 1e-3, "directions": 1e-4}
+            rows = [("made", c, seed, e, "train", where, "nc1_trace", value ** (1 + seed / 100))
+                    for e in range(4) for where, value in nc1.items()]
+            rows += [("made", c, seed, e, "test", "output", "accuracy", 0.9) for e in range(4)]
+            return pd.DataFrame(rows, columns=list(COLUMNS))
+        return {c: [SimpleNamespace(history=history(c, s), model=lambda: None, recipe=None,
+                                    loaders=lambda: {"test": [()]}) for s in range(3)] for c in conditions}
+    monkeypatch.setattr(words_page, "condition_runs", made)
+    for name in ("rarity_gap", "one_example_accuracy", "_length_error"):
+        monkeypatch.setattr(words_page, name, lambda *_: 0.5)
+    for name in ("recorded", "_figure"): monkeypatch.setattr(words_page, name, lambda *_: None)
+    found = words_page.run_feature_collapse.measure(Settings(), False).values["na4"]
+    assert next(s for s in words_page.CLAIMS if s.id == "na4").claim(*found).verdict == expected
 
 
 # --- language models
@@ -149,3 +175,28 @@ def test_units_are_merged(monkeypatch, claim, expected, digits, random, ifm):
     world = {(f"{name}_complexity", "train", f"layer{k}"): of for name, of in (("path", left), ("ifm", all_of))
              for k in (1, 2)}
     assert verdict(monkeypatch, fc, fc.run_feature_complexity, world, claim) == expected
+
+
+# --- graphs
+
+
+def graphs(regular=0.2, **accuracies):
+    "Networks that fit their graphs, and collapse further on regular ones; the changes break the world."
+    reached = {name.replace("_", " ").strip(): a for name, a in accuracies.items()}
+    nc1 = lambda c: (10.0, {"regular": regular, "no communities": 10.0}.get(c, 2.0))
+    depth = gr.CommunityGraphs().depth
+    return {("accuracy", "train", "output"): lambda c: (0.5, reached.get(c.partition(",")[0], 1.0)),
+            **{("nc1_trace", split, f"layer {n}"): nc1 for split in ("train", "test") for n in (1, depth)}}
+
+
+@pytest.mark.parametrize("claim, expected, changes", [
+    ("nb5", "holds", {}), ("nb6", "holds", {}),
+    ("nb5", "not measured", dict(communities=0.9)),
+    ("nb6", "fails", dict(regular=2.0)),
+    ("nb6", "not measured", dict(random_12=0.5)),                          # far from collapse, since nothing is learned
+    ("nb6", "not measured", dict(regular_=0.5)),
+])
+def test_graphs(monkeypatch, claim, expected, changes):
+    monkeypatch.setattr(gr, "_free_values", lambda seed, *_: (0.01, 0.1, 0.2, 0.3))
+    monkeypatch.setattr(gr, "_free_on_train_graphs", lambda recipe: 0.01 + recipe.seed / 1000)
+    assert verdict(monkeypatch, gr, gr.run_graphs, graphs(**changes), claim) == expected

@@ -60,7 +60,7 @@ def gradient_products(
     if nested: raise ValueError(f"linear layers {nested} are inside others: expected one nn.Sequential; unpack it")
     inputs, h = {}, x
     with torch.enable_grad():
-        for name, layer in model.named_children():
+        for name, layer in model._modules.items():        # `named_children` leaves out a layer that is there twice
             if isinstance(layer, nn.Linear):
                 h = inputs[name + ".weight"] = h if h.requires_grad else h.detach().requires_grad_()
             h = layer(h)

@@ -289,11 +289,12 @@ def run_feature_collapse(
         one = lambda c: each(c, lambda r: one_example_accuracy(r.model(), r.recipe))
         gain = lambda of, words: of(f"{words}, LayerNorm") - of(words)
         spread = lambda c: end(c, "nc1_trace") / end(c, "nc1_trace", layer="directions")
+        apart = np.where(end("zipf, many", "nc1_trace") > 0.1, 1, np.nan)      # else lengths have collapsed, too
         accuracy = lambda c: end(c, "accuracy", "test", "output")
         found = {"na1": (end("uniform", "nc1_trace"), end("zipf", "nc1_trace")),
                  "na2": (end("zipf, LayerNorm", "nc1_trace"), end("zipf", "nc1_trace")),
                  "na3": (gain(accuracy, "zipf"), gain(accuracy, "uniform")),
-                 "na4": (spread("zipf, many"), spread("uniform, many")),
+                 "na4": (apart * spread("zipf, many"), spread("uniform, many")),
                  "na5": (each("endless", _length_error), each("endless", lambda r: _length_error(r, True))),
                  "na6": (gap("zipf"), gap("zipf, LayerNorm")),
                  "na7": (gain(one, "zipf"), gain(one, "uniform"))}

@@ -306,11 +306,13 @@ def run_graphs(
     def ends(condition, split, layer=base.depth):
         table = curves(history, "nc1_trace", split, f"layer {layer}", condition).to_numpy()
         return table[0], table[-1]
-    right = curves(history, "accuracy", "train", "output", "communities").iloc[-1].to_numpy() >= 0.99
-    fitted = np.where(right, ends("communities", "train")[1], np.nan)           # else accuracy is not 1
+    right = lambda c: curves(history, "accuracy", "train", "output", c).iloc[-1].to_numpy() >= 0.99
+    fitted = np.where(right("communities"), ends("communities", "train")[1], np.nan)
     fall = lambda condition: ends(condition, "train")[0] / ends(condition, "train")[1]
     depth = lambda condition: ends(condition, "test", 1)[1] / ends(condition, "test")[1]
-    start, end = (a / b for a, b in zip(ends("random 12, 1", "train"), ends("regular", "train"), strict=True))
+    both = right("random 12, 1") & right("regular")         # one that learns nothing is far from collapse
+    start, end = (np.where(both, a / b, np.nan)
+                  for a, b in zip(ends("random 12, 1", "train"), ends("regular", "train"), strict=True))
     return Measured({
         "nb1": (regular, random), "nb2": (error, plain),
         "nb3": (fall("communities"), fall("no communities")), "nb4": (depth("communities"), depth("no communities")),

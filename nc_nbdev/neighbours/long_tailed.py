@@ -52,6 +52,9 @@ class NCRegulariser(nn.Module):
         if H.shape[1:] != self.means.shape[1:]:
             raise ValueError(f"features have shape {tuple(H.shape)}: expected (B, {self.means.shape[1]})")
         H = H if H.dtype == torch.float64 else H.float()                          # sums of halves overflow
+        with torch.autocast(H.device.type, enabled=False): return self._penalty(H, y)
+
+    def _penalty(self, H, y):
         one_hot = F.one_hot(y, len(self.means)).to(H.dtype)                       # (B, K)
         counts = one_hot.sum(0)
         here = counts > 0
