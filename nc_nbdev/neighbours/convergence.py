@@ -61,6 +61,7 @@ def gradient_products(
     inputs, h = {}, x
     with torch.enable_grad():
         for name, layer in model._modules.items():        # `named_children` leaves out a layer that is there twice
+            if layer is None: continue
             if isinstance(layer, nn.Linear):
                 h = inputs[name + ".weight"] = h if h.requires_grad else h.detach().requires_grad_()
             h = layer(h)
