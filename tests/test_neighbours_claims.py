@@ -4,6 +4,7 @@ No test asserts the verdict of a trained network.
 """
 
 from types import SimpleNamespace
+from zlib import crc32
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -25,8 +26,9 @@ def verdict(monkeypatch, module, run, world, claim):
     def made(conditions, *_):
         def rows(condition, key, start, end):
             for seed in range(3):
+                less = 1 - crc32(f"{condition} {key} {seed}".encode()) % 100 / 10**7        # seeds differ a little
                 for epoch in range(6):
-                    value = (start if epoch < 2 else end) ** (1 + seed / 100)       # seeds differ a little
+                    value = (start if epoch < 2 else end) ** (1 + seed / 100) * less
                     yield "made", condition, seed, epoch, key[1], key[2], key[0], value
         return pd.DataFrame([row for key, of in world.items() for c in conditions for row in rows(c, key, *of(c))],
                             columns=list(COLUMNS))
