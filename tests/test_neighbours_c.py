@@ -242,6 +242,8 @@ def test_equal_units_far_from_the_origin_are_merged_first_and_halves_are_read():
     assert (fc._distances(rows)[torch.arange(40), torch.arange(40) + 40] == 0).all()
     merged, _ = fc.iterative_merging(torch.eye(4).repeat(2, 1).half(), torch.ones(2, 8).half(), 0.0)
     assert len(merged) == 4
+    silent = torch.cat([torch.eye(3, 6), torch.zeros(2, 6)]).half()                          # units without weights
+    assert all(A.isfinite().all() and B.isfinite().all() for A, B in fc.merging_path(silent, torch.eye(2, 5).half()))
 
 
 def test_complexity_is_where_the_accuracy_falls():

@@ -56,14 +56,15 @@ def merging_path(
     B: Tensor,   # (K, J) outgoing weights
 ) -> Iterator[tuple[Tensor, Tensor]]:   # A and B of J, J - 1, ..., 1 units
     "Merge units of similar direction, one pair at a time, whatever their scale."
-    scale = A.norm(dim=1).clamp(min=1e-12)
+    least = max(1e-12, torch.finfo(A.dtype).tiny)         # halves have no 1e-12
+    scale = A.norm(dim=1).clamp(min=least)
     A, B = A / scale[:, None], B * scale
     yield A, B
     while len(A) > 1:
-        size = B.norm(dim=0).clamp(min=1e-12)
+        size = B.norm(dim=0).clamp(min=least)
         i, j = _closest(_distances(A) * (size[:, None] * size) / (size[:, None] + size))
         A, B = A.clone(), B.clone()
-        A[i] = F.normalize(size[i] * A[i] + size[j] * A[j], dim=0)
+        A[i] = F.normalize(size[i] * A[i] + size[j] * A[j], dim=0, eps=least)
         B[:, i] += B[:, j]
         keep = torch.arange(len(A)) != j
         A, B = A[keep], B[:, keep]

@@ -247,7 +247,8 @@ def run_local_elasticity(
     small = [0.1 * torch.randn(5, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     clock, ones = torch.linspace(0, 200, 101, dtype=torch.float64), torch.ones(101, dtype=torch.float64)
     shapes = [float(nc2_etf(predict_separation(mu, ones, clock, substeps=20)[-1])) for mu in small]
-    by_features = [simulate(mu[:, None], 1.0, 0.0, clock, sigma=0.0)[:, 0] for mu in small]
+    by_features = [simulate(mu[:, None], 1.0, 0.0, clock, sigma=0.1, generator=torch.Generator().manual_seed(s))[:, 0]
+                   for mu, s in zip(small, seeds, strict=True)]
     tables = [measure_elasticity(r) for r in runs]
     error = lambda name: [float((t[name] / t.margin - 1)[1:].abs().mean()) for t in tables]
     values = {"T8d": tuple([_faded_share(c, s) for s in seeds] for c in (3.0, 2.0)),
