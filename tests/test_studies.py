@@ -349,7 +349,9 @@ def test_kept_numbers_follow_from_the_kept_measurements(folder):
     claims, history = load_claims(folder / "claims.json"), pd.read_parquet(folder / "history.parquet")
     for name in dict.fromkeys(c.study for c in claims):
         numbers = import_module(f"nc_nbdev.paper.{name}")._numbers
-        for id, (values, control) in numbers(history, *[10] * (name == "random_labels")).items():
+        pair = history.condition.iloc[0]                                 # of study 1: data set, network, loss
+        more = {"random_labels": [10], "train_vs_test": [pair, 10]}.get(name, [])
+        for id, (values, control) in numbers(history, *more).items():
             [claim] = (c for c in claims if c.id == id)
             assert claim.values == pytest.approx(list(values), rel=1e-5, abs=1e-6, nan_ok=True), id
             assert claim.control_values == pytest.approx(list(control), rel=1e-5, abs=1e-6, nan_ok=True), id
