@@ -196,7 +196,7 @@ def _verdict(claim):
     differs = contrast[1] > none if least else contrast[2] < none
     return "holds" if misses(control, claim.bar) and differs and _seeds_enough(claim) else "undecided"
 
-
+# %% ../../nbs/lab/60_claims.ipynb #9d644b09
 def _clears(claim, interval):
     "Whether an interval is wholly on the right side of the bar."
     return interval[1] >= claim.bar if claim.direction == "at least" else interval[2] <= claim.bar
@@ -350,7 +350,7 @@ def compare_scales(
         if c is None: return "not run"
         lost = sum(map(math.isnan, c.values))
         some = f" ({lost} of {len(c.values)} seeds)" * (0 < lost < len(c.values))
-        if c.verdict == "not measured": return f"{c.note or c.verdict}{some}"
+        if c.verdict == "not measured": return (c.verdict if " is nan" in c.note else c.note or c.verdict) + some
         spoilt = c.verdict != "holds" and _clears(c, c.measured)
         by_control = f"; control {_with_interval(c.control_measured)}" if spoilt else ""
         verdict = c.verdict + f" (today: {now})" * bool(now)

@@ -577,8 +577,7 @@ def measure(
     absent: str | None = None,                          # classes without samples: "error", or (tokens) "leave out"
 ) -> CollapseReport | RegressionReport:   # the second where the labels are numbers to predict
     "Collapse of every layer, one pass a split. Raises `ValueError` for unknown layers, bad labels, an empty class."
-    if absent not in (None, "error", "leave out"):
-        raise ValueError(f"absent={absent!r}: expected 'error' or 'leave out'")
+    if absent not in (None, "error", "leave out"): raise ValueError(f"{absent=}: expected 'error' or 'leave out'")
     for_classes = dict(num_classes=num_classes, keep=keep, references=references, class_counts=class_counts,
                        next_token=next_token or None, ignore_index=None if ignore_index == -100 else ignore_index,
                        absent=absent)

@@ -54,22 +54,27 @@ class NCRegulariser(nn.Module):
         H = H if H.dtype == torch.float64 else H.float()                          # sums of halves overflow
         with torch.autocast(H.device.type, enabled=False): return self._penalty(H, y)
 
-    def _penalty(self, H, y):
-        one_hot = F.one_hot(y, len(self.means)).to(H.dtype)                       # (B, K)
-        counts = one_hot.sum(0)
-        here = counts > 0
-        batch = one_hot.T @ H / counts.clamp(min=1)[:, None]                      # (K, D)
-        if self.training: self._follow(batch.detach(), here)
-        centres = torch.where(self.seen[:, None], self.means, batch.detach())     # a new class has no running mean
-        spread = ((H - centres[y]) ** 2).sum(1) / counts[y] / len(self.means)
-        means = torch.where(here[:, None], batch, self.means)[here | self.seen]
-        return self.within * spread.sum() - self.between * _nearest_angle(means)
+# %% ../../nbs/neighbours/70_long_tailed.ipynb #3b530a5a
+@patch
+def _penalty(self: NCRegulariser, H, y):
+    "The penalty of features in float32 or float64."
+    one_hot = F.one_hot(y, len(self.means)).to(H.dtype)                       # (B, K)
+    counts = one_hot.sum(0)
+    here = counts > 0
+    batch = one_hot.T @ H / counts.clamp(min=1)[:, None]                      # (K, D)
+    if self.training: self._follow(batch.detach(), here)
+    centres = torch.where(self.seen[:, None], self.means, batch.detach())     # a new class has no running mean
+    spread = ((H - centres[y]) ** 2).sum(1) / counts[y] / len(self.means)
+    means = torch.where(here[:, None], batch, self.means)[here | self.seen]
+    return self.within * spread.sum() - self.between * _nearest_angle(means)
 
-    @torch.no_grad()
-    def _follow(self, batch, here):
-        keep = torch.where(self.seen, self.momentum, 0.0)[:, None]
-        self.means.copy_(torch.where(here[:, None], keep * self.means + (1 - keep) * batch, self.means))
-        self.seen |= here
+@patch
+@torch.no_grad()
+def _follow(self: NCRegulariser, batch, here):
+    "Let the running means of the classes that are here follow the batch."
+    keep = torch.where(self.seen, self.momentum, 0.0)[:, None]
+    self.means.copy_(torch.where(here[:, None], keep * self.means + (1 - keep) * batch, self.means))
+    self.seen |= here
 
 # %% ../../nbs/neighbours/70_long_tailed.ipynb #cf419eca
 def _nearest_angle(means):

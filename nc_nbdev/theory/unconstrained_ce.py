@@ -22,15 +22,7 @@ from torch import Tensor
 from ..geometry.etf import simplex_etf
 from ..lab.claims import Statement
 from ..lab.studies import Measured, study
-from nc_nbdev.theory.free_features import (
-    FreeFeatures,
-    Problem,
-    descend,
-    require_plain,
-    start_groups,
-    starts,
-    worst_measure,
-)
+from .free_features import FreeFeatures, Problem, descend, start_groups, starts, worst_measure
 
 # %% ../../nbs/theory/10_unconstrained_ce.ipynb #533eea96
 @dataclass(frozen=True)
@@ -43,11 +35,11 @@ class Minimum:
 
 
 def ce_minimum(
-    problem: Problem,  # of `require_plain`, with dim >= K-1 below the threshold
+    problem: Problem,  # of `Problem.require_plain`, with dim >= K-1 below the threshold
 ) -> Minimum:
     """Closed form: s = log(1/strength - (K-1)), or 0 beyond the threshold K strength = 1 (Zhu et al. 2021, 2105.02375).
     Raises `ValueError` for another kind of problem, and where the simplex does not fit."""
-    require_plain(problem, "ce")
+    problem.require_plain("ce")
     K, strength = problem.num_classes, problem.strength
     s = math.log(1 / strength - (K - 1)) if K * strength < 1 else 0.0
     if s and problem.dim < K - 1:

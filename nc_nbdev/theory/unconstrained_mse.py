@@ -24,15 +24,7 @@ from ..geometry.means import gram_distance
 from ..geometry.statistics import ClassStatistics
 from ..lab.claims import Statement
 from ..lab.studies import Measured, study
-from nc_nbdev.theory.free_features import (
-    FreeFeatures,
-    Problem,
-    descend,
-    require_plain,
-    start_groups,
-    starts,
-    worst_measure,
-)
+from .free_features import FreeFeatures, Problem, descend, start_groups, starts, worst_measure
 
 # %% ../../nbs/theory/50_unconstrained_mse.ipynb #638b33e7
 @dataclass(frozen=True)
@@ -47,11 +39,11 @@ class MseMinimum:
 
 
 def mse_minimum(
-    problem: Problem,  # of `require_plain`, with dim >= K, or K-1 where x0 = 0
+    problem: Problem,  # of `Problem.require_plain`, with dim >= K, or K-1 where x0 = 0
 ) -> MseMinimum:
     """Soft thresholds: x = (1 - K strength)+, x0 = (1 - K strength / c)+ with c = lb/(1+lb), 1 without bias.
     Raises `ValueError` for another kind of problem, and where the singular values do not fit into dim."""
-    require_plain(problem, "mse")
+    problem.require_plain("mse")
     K, strength, lb = problem.num_classes, problem.strength, problem.lb
     c = 1 - 1 / (1 + lb)  # 1 for lb = inf
     x, x0 = max(0.0, 1 - K * strength), max(0.0, 1 - K * strength / c) if c > 0 else 0.0
