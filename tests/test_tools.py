@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nc_nbdev.lab.claims import Claim
+from nc_nbdev.reproduce import part_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,6 +115,7 @@ def test_a_machine_is_an_environment_with_folders_of_its_own(tools, monkeypatch,
 
 
 def test_claims_are_compared_with_those_of_their_data_set(tools):
-    part = tools("machines").part
-    assert part(["--studies", "paper", "--datasets", "mnist", "cifar10", "--seeds", "2"], "quick") == "quick, mnist"
-    assert part(["--seeds", "2"], "quick") == "quick, digits"
+    settings = tools("machines").settings_of
+    asked = settings(["--studies", "paper", "--datasets", "mnist", "cifar10", "--seeds", "2"], "quick")
+    assert part_name(asked) == "quick, mnist" and asked.seeds == 2
+    assert part_name(settings(["--seeds", "2"], "quick")) == "quick, digits"

@@ -1,6 +1,6 @@
 """Do the verdicts depend on the processor? The same command, run as three processors would run it, and a table.
 
-    python tools/machines.py results/machines/table.csv --studies paper --seeds 5
+    python tools/machines.py results/machines/2026-11-24.csv --studies paper
 
 Further arguments go to nc-reproduce. A network trained on another instruction set rounds differently, so its numbers
 differ. The table has the numbers and verdicts of each, and whether they agree with the kept results. Each machine has
@@ -59,12 +59,13 @@ def compare(claims, kept):
     return table
 
 
-def part(arguments, scale):
-    "What claims of nc-reproduce with these arguments are compared with, as `part_name` says."
+def settings_of(arguments, scale):
+    "The settings of nc-reproduce with these arguments."
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--datasets", nargs="+")
-    asked = {name: tuple(value) for name, value in vars(parser.parse_known_args(arguments)[0]).items() if value}
-    return part_name(get_settings(preset=scale, **asked))
+    parser.add_argument("--seeds", type=int)
+    asked = {name: value for name, value in vars(parser.parse_known_args(arguments)[0]).items() if value}
+    return get_settings(preset=scale, **asked)
 
 
 def main():
@@ -74,11 +75,13 @@ def main():
     options, arguments = parser.parse_known_args()
     claims = {name: reproduce(name, options.folder / name, arguments) for name in machines()}
     scale = next(iter(claims.values()))[0].scale
-    kept = kept_results("results").get(part(arguments, scale), [])
+    settings = settings_of(arguments, scale)
+    kept = kept_results("results").get(part_name(settings), [])
     table = compare(claims, kept)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.table)
-    options.table.with_suffix(".json").write_text(json.dumps(environment(), indent=1) + "\n")
+    made = environment() | {"scale": scale, "seeds": [*settings.seed_range]}
+    options.table.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
     for machine in claims:
         words = table[f"{machine} kept"].value_counts().to_dict()
         print(f"{machine}, compared with the kept results: " + ", ".join(f"{n} {word}" for word, n in words.items()))
